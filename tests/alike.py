@@ -1,9 +1,11 @@
 """What two orders of the same sums have in common: fewer digits step by step, as a training magnifies them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 DIGITS = 1e-5
@@ -35,3 +37,17 @@ def assert_weights_alike(found: Mapping[str, Tensor], expected: Mapping[str, Ten
     one, two = (torch.cat([of[name].flatten().double() for name in expected]) for of in (found, expected))
     apart, whole = (one - two).norm(), two.norm()
     assert apart <= share * whole, f"{apart / whole:.1e} apart"
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """tag → (step, value), as TensorBoard has them of all the folder's versions."""
+    found = {}
+    for version in sorted((folder / "lightning_logs").iterdir()):
+        events = EventAccumulator(str(version)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return found
+
+
+def values_of(run: Path, tag: str) -> list[float]:
+    return [value for _, value in curves(run)[tag]]

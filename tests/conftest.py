@@ -113,3 +113,21 @@ def latents_dir(split_dir, vavae_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("latents") / "latents"
     encode_split(split_dir, vavae_dir, folder, flips=True, log=lambda line: None)
     return folder
+
+
+@pytest.fixture
+def data(split_dir, latents_dir) -> tuple[Path, Path]:
+    return split_dir, latents_dir
+
+
+@pytest.fixture
+def train(here, capsys):
+    """Train here by the words of a command line: what it said."""
+    from vavae_tools.train import train as run
+
+    def train(*words: str) -> str:
+        capsys.readouterr()
+        run(*words)
+        return capsys.readouterr().out
+
+    return train

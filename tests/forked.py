@@ -46,6 +46,17 @@ def python() -> str:
     return f"{os.environ[FOLDER]}/python" if FOLDER in os.environ else sys.executable
 
 
+def torchrun(script: str, *words: object, count: int = 2) -> subprocess.CompletedProcess:
+    """Run a test's own file in so many processes."""
+    tests = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
+    path = os.pathsep.join([os.path.dirname(tests), tests])  # noqa: PTH120
+    command = [python(), "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.run(
+        [*command, *map(str, words)], capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+
+
 def fork_of(pid: int) -> int:
     """The process that runs the program for which `python` stands as `pid`; any other stands for itself."""
     try:

@@ -267,16 +267,15 @@ class OnCard(Trainings):
 
     def gone_on_with(self) -> None:
         """fp16, deterministic: from a checkpoint on, weights, optimiser, schedule and scaler come out bit by bit."""
-        import torch
-        from tiny import assert_same, assert_same_training
+        from tiny import assert_same, assert_same_training, last
 
         settings = {"previews": 0, "devices": {"precision": self.scaled, "deterministic": True}}
         self.dit(Path("whole"), None, **settings)
         self.dit(Path("resumed"), None, resume="whole/checkpoint-6", **settings)
         assert_same_training("whole", "resumed")
-        last = [torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True) for run in ("whole", "resumed")]
-        assert last[0]["MixedPrecision"]["scale"] > 0
-        assert_same(*(checkpoint["MixedPrecision"] for checkpoint in last))
+        whole, resumed = (last(run)["MixedPrecision"] for run in ("whole", "resumed"))
+        assert whole["scale"] > 0
+        assert_same(whole, resumed)
 
     def _waits_a_step(self, make: Callable[[int], Any]) -> dict[str, int]:
         """What the processor waits for more often in 4 steps than in 3."""

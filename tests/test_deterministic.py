@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from test_throughput import OTHERS, new_dit, train
+from test_throughput import OTHERS, train
 from test_vavae_training import new_module as whole_vavae
+from tiny import new_dit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader

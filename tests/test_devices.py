@@ -249,8 +249,8 @@ def taken(monkeypatch):
                 raise RuntimeError(f"CUDA error: {free}\nCompile with TORCH_USE_CUDA_DSA")
             return int(free * 2**30), int(14.6 * 2**30)
 
-        fakes = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": taken.append}
-        fakes |= {"mem_get_info": info, "memory_reserved": lambda number: int(kept * 2**30)}
+        cards(monkeypatch, *[("Tesla T4", (7, 5), 0)] * 2, built_for=())
+        fakes = {"set_device": taken.append, "mem_get_info": info, "memory_reserved": lambda card: int(kept * 2**30)}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         return taken

@@ -83,18 +83,10 @@ def test_distribution(kind, distribution):
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
 def test_seeds_epochs_names_and_samples_are_independent(kind):
-    sets = [
-        many(kind),
-        many(kind, seed=1),
-        many(kind, seed=2**40),
-        many(kind, epoch=1),
-        many(kind, epoch=2),
-        many(kind, name="time"),
-        many(kind, name="esion"),
-        many(kind, first=1000),
-        many(kind)[:, torch.arange(1, 101) % 100],  # neighbours within a sample
-        many(kind)[torch.arange(1, 1001) % 1000],  # and the sample beside
-    ]
+    others = [{"seed": 1}, {"seed": 2**40}, {"epoch": 1}, {"epoch": 2}, {"name": "time"}, {"name": "esion"}]
+    sets = [many(kind, **other) for other in ({}, *others, {"first": 1000})]
+    sets.append(many(kind)[:, torch.arange(1, 101) % 100])  # neighbours within a sample
+    sets.append(many(kind)[torch.arange(1, 1001) % 1000])  # and the sample beside
     correlation = torch.corrcoef(torch.stack([numbers.flatten() for numbers in sets])).fill_diagonal_(0)
     assert correlation.abs().max() < 5 / 100_000**0.5
     by_sample = torch.corrcoef(many(kind)).fill_diagonal_(0)  # 1,000 samples against each other

@@ -2,45 +2,32 @@
 
 import re
 import shlex
-import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from alike import curves
 from filelock import FileLock
-from PIL import Image
-from tiny import noise, refused, refuses
+from test_devices import T4S
+from tiny import contents, refused, refuses
 
 from vavae_tools import sample
+from vavae_tools import train as command
 from vavae_tools.recipes import config as experiments
 from vavae_tools.recipes import presets
 from vavae_tools.recipes.base import RECIPES
-from vavae_tools.recipes.run_folder import keep_config, kept_config, run_folder
+from vavae_tools.recipes.run_folder import kept_config, run_folder
 from vavae_tools.runtime.errors import UserError
-from vavae_tools.runtime.machine import Machine
-from vavae_tools.train import run_experiment
 from vavae_tools.training.config import settings_of
+from vavae_tools.training.run import make_loggers
 
 ROOT = Path(__file__).parents[1]
 
 
-def meant(*words: str):
-    return experiments.compose(experiments.read_command_line(words))
-
-
-@pytest.fixture
-def train(here, monkeypatch, capsys):
-    from vavae_tools.train import main
-
-    def train(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["train", *words])
-        capsys.readouterr()
-        main()
-        return capsys.readouterr().out
-
-    return train
+def meant(*words: str, **defaults: str):
+    return experiments.compose(experiments.read_command_line(words), **defaults)
 
 
 # ---- what a line means
@@ -68,7 +55,8 @@ LINES = {
     },
     "experiment=vavae --data_dir DIR --original_vavae FILE --condition_dim 8 --kl_weight 1e-6 --batch_size 16 "
     "--max_epochs 100 --lr 1e-4 --devices 2 --num_nodes 1 --strategy ddp --accelerator gpu --precision 16 "
-    "--output_dir outputs": {
+    "--output_dir outputs --lpips_weights a.pth b.pth --image_size 128x256": {
+        **{"loss.lpips_weights": ["a.pth", "b.pth"], "data.image_size": [128, 256]},
         **{"data.data_dir": "DIR", "vavae.original_vavae": "FILE", "vavae.condition_dim": 8, "loss.kl_weight": 1e-6},
         **{"train.batch_size": 16, "train.max_epochs": 100, "train.lr": 1e-4, "train.devices": 2},
         **{"train.strategy": "ddp", "train.accelerator": "gpu", "train.precision": "16", "output_dir": "outputs"},
@@ -90,25 +78,16 @@ LINES = {
         **{"train.precision": "no", "train.gradient_clip": 0.5, "data.prefetch_factor": 3, "data.data_dir": "D"},
         **{"train.schedule": "linear", "text_encoder.name": "c", "vae.name": "v"},
     },
-    "experiment=vavae --lpips_weights a.pth b.pth --image_size 128x256": {
-        "loss.lpips_weights": ["a.pth", "b.pth"],
-        "data.image_size": [128, 256],
-    },
-    "--flips false --objective.name v --model.dit.depth=3 trainer=cpu trainer.devices=2": {
-        **{"data.flips": False, "objective.name": "v", "model.depth": 3},
-        **{"train.accelerator": "cpu", "train.devices": 2},
-    },
     "experiment=token_dummy training.use_amp=false ema.enabled=false": {
         "train.precision": "32",
         "train.ema_decay": 0,
         "train.max_steps": 1800,
     },
-    "experiment=dit_dummy data=shapes model.objective=epsilon callbacks.preview_guidance_scale=2 trainer=gpu": {
-        "objective.name": "epsilon",
-        "sampling.guidance_scale": 2,
-        "train.accelerator": "gpu",
+    "experiment=dit_dummy data=shapes model.objective=epsilon callbacks.preview_guidance_scale=2 trainer=gpu "
+    "--flips false --model.dit.depth=3 trainer.devices=2": {
+        **{"objective.name": "epsilon", "sampling.guidance_scale": 2, "train.accelerator": "gpu"},
+        **{"data.flips": False, "model.depth": 3, "train.devices": 2},
     },
-    # epochs that are typed hold before the recipe's steps
     "experiment=rae_decoder --data_dir D --max_epochs 3": {"train.max_steps": None, "train.max_epochs": 3},
     "+trainer.limit_val_batches=3 trainer.detect_anomaly=off lr=5e-5 +trainer.logger=csv": {
         **{"train.trainer": {"limit_val_batches": 3, "detect_anomaly": False}, "train.lr": 5e-5},
@@ -154,28 +133,22 @@ def test_a_text_is_what_was_typed(text, tmp_path):
         assert values(*experiment.split(), "--prompts", "", "null", text)["sampling.prompts"] == ["", "null", text]
 
 
-def test_a_text_in_a_file_ends_with_its_last_word_and_an_empty_one_is_none(tmp_path):
-    for text, expected in (("|\n  007\n", "007"), (">\n  a\n  b\n", "a b"), ("''", None), ("~", None), ("'[x'", "[x")):
-        (tmp_path / "run.yaml").write_text(f"output_dir: {text}\n")
-        assert values("--config", str(tmp_path / "run.yaml"))["output_dir"] == expected
-
-
-def test_home_and_hours_are_understood(tmp_path, monkeypatch):
+def test_home_and_hours_are_understood_and_a_text_ends_with_its_last_word(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text("output_dir: ~/run\nmax_time: 11:30\ndata:\n")
     monkeypatch.setenv("HOME", str(tmp_path))
     for words in (["--output_dir=~/run", "max_time=11:30"], ["--config=~/run.yaml"]):
         found = values(*words)
         assert (found["output_dir"], found["train.max_time"]) == (str(Path.home() / "run"), "11:30")
     assert values("--max_time", "0")["train.max_time"] == "0"
+    for text, expected in (("|\n  007\n", "007"), (">\n  a\n  b\n", "a b"), ("''", None), ("~", None), ("'[x'", "[x")):
+        (tmp_path / "run.yaml").write_text(f"output_dir: {text}\n")
+        assert values("--config=~/run.yaml")["output_dir"] == expected
 
 
 def test_a_scripts_own_default_is_below_a_files(tmp_path):
     (tmp_path / "run.yaml").write_text("output_dir: mine\n")
     for words, expected in (([], "outputs"), (["--config", str(tmp_path / "run.yaml")], "mine")):
-        assert (
-            experiments.compose(experiments.read_command_line(words), output_dir="outputs").recipe.output_dir
-            == expected
-        )
+        assert meant(*words, output_dir="outputs").recipe.output_dir == expected
 
 
 def test_a_length_that_is_typed_holds_before_a_files(tmp_path):
@@ -185,12 +158,10 @@ def test_a_length_that_is_typed_holds_before_a_files(tmp_path):
         assert (found["train.max_steps"], found["train.max_epochs"]) == expected
 
 
-ALIASES = yaml.safe_load((experiments.CONFIGS / "aliases.yaml").read_text(encoding="utf-8"))
-
-
 def test_each_other_name_of_a_key_is_one_of_some_recipe():
     recipes = [experiments.RecipeSettings(recipe()) for recipe in RECIPES.values()]
-    assert not [old for old in ALIASES["keys"] if not old.endswith(".") and not any(of.home(old) for of in recipes)]
+    others = [old for old in experiments._aliases()["keys"] if not old.endswith(".")]
+    assert others and not [old for old in others if not any(of.home(old) for of in recipes)]
 
 
 def test_a_file_of_values_is_between_the_experiment_and_what_is_typed(tmp_path):
@@ -206,7 +177,7 @@ def test_a_file_of_values_is_between_the_experiment_and_what_is_typed(tmp_path):
 
 
 WRONG = {
-    "experiment=dit_din": "No experiment=dit_din; did you mean dit_dino?; there are dit_dino, dit_dummy",
+    "experiment=dit_din": "No experiment 'dit_din' (did you mean dit_dino?); there are dit_dino, dit_dummy",
     "trainer=tpu": "there are auto, cpu, gpu, ddp",
     "data.batch_sise=3": "No key 'data.batch_sise'; did you mean train.batch_size?",
     "data.batch_size=0": "data.batch_size is 0, expected a whole number of 1 or more",
@@ -222,17 +193,14 @@ WRONG = {
     "--num_classes": "--num_classes could be data.num_classes or model.num_classes",
     "--config": "--config needs a value",
     "--config none.yaml": "--config none.yaml: No such file or directory",
-    "trainer.devices=[1": "trainer.devices is '[1', expected a whole number",
     "model.hidden_size=[1,[]": "model.hidden_size=[1,[] is no list",
     "--max_time 11.5": "--max_time is '11.5', expected hours:minutes, such as 11:30",
     "trainer.callbacks=x": "No trainer.callbacks here, as each experiment has its own: leave it out",
-    "trainer.fast_dev_run=on": "train.max_steps=2 is a short run",
     "trainer.devices=-1": "expected a whole number of 1 or more or auto",
     "trainer.limit_val_batches=abc": "trainer.limit_val_batches is 'abc', expected a whole number or a number",
     "--trainer.min_steps x": "--trainer.min_steps is 'x', expected a whole number",
     "+trainer.detect_anomaly=3": "trainer.detect_anomaly is 3, expected true or false",
     "--num_steps 1000": "--num_steps could be train.max_steps or sampling.num_steps: type the key, as train.max_steps=",
-    "num_classes=3": "could be data.num_classes or model.num_classes",
     "--experiment --lr 3": "experiment= needs a name",
     "+trainer.devicez=2": "No key 'trainer.devicez'; did you mean train.devices?",
     "--data_path D --tokenizer bpe": "No --tokenizer here: it is one of experiment=token_images",
@@ -254,9 +222,7 @@ def test_a_file_that_means_nothing_is_named(tmp_path):
         ("train: {lr: 1e-4}\ntrain: {seed: 1}\n", "train stands twice"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
-        with pytest.raises(UserError, match=re.escape(said)) as error:
-            meant("--config", str(tmp_path / "bad.yaml"))
-        assert "bad.yaml" in str(error.value)
+        refuses(rf"bad\.yaml.*{re.escape(said)}", meant, "--config", str(tmp_path / "bad.yaml"))
 
 
 def test_help_names_experiments_and_each_key_with_its_meaning():
@@ -299,13 +265,11 @@ def test_a_refused_training_leaves_a_folder_as_it_was(here):
     assert not kept_where_refused().exists() and not kept_where_refused("output_dir=new").exists()
     run = run_of("vavae_dit", "2026-01-01/10-00-00", "last.ckpt")
     assert kept_where_refused("seed=5", f"resume={run}") == run and (run / "checkpoints" / "last.ckpt").exists()
-    assert [(path.name, path.read_text()) for path in (run / ".hydra").iterdir()] == [
-        ("config.yaml", "name: vavae_dit\n")
-    ]
+    assert contents(run / ".hydra") == {"config.yaml": b"name: vavae_dit\n"}
     lock = FileLock(run / ".lock")
     with lock, pytest.raises(UserError, match="Another training writes into"), kept_config(meant(), [], run):
         pass
-    assert (run / ".hydra" / "config.yaml").read_text() == "name: vavae_dit\n"
+    assert contents(run / ".hydra") == {"config.yaml": b"name: vavae_dit\n"}
     with pytest.raises(UserError), kept_config(meant(), [], Path("begun")):
         Path("begun/train.log").write_text("begin")
         raise UserError("such as no memory")
@@ -313,7 +277,7 @@ def test_a_refused_training_leaves_a_folder_as_it_was(here):
 
 
 def test_what_the_machine_decides_is_printed(train, monkeypatch):
-    monkeypatch.setattr(presets, "find_machine", lambda: Machine("t4", 2, "Tesla T4", 15_800_000_000))
+    monkeypatch.setattr(presets, "find_machine", lambda: T4S)
     shown = yaml.safe_load(train("experiment=vavae", "--print_config", "--max_epochs", "3"))["train"]
     assert (shown["batch_size"], shown["max_epochs"]) == (presets.find_preset().vavae_batch_size, 3)
 
@@ -329,13 +293,14 @@ def test_what_a_run_resumes_from(here):
         found, resume, said = run_folder(meant("experiment=dit_dummy", f"ckpt_path={path}"))
         assert (found, resume) == (first, str(path)) and str(first) in said
     assert run_folder(meant("experiment=dit_dummy", "ckpt_path=else.ckpt"))[0].parent.parent == Path("logs/runs")
-    with pytest.raises(UserError, match=r"resume=last: no run of text_dummy .*09-00-00 \(vavae_dit\)"):
-        run_folder(meant("experiment=text_dummy", "--resume", "last"))
+    none = meant("experiment=text_dummy", "--resume", "last")
+    refuses(r"resume=last: no run of text_dummy .*09-00-00 \(vavae_dit\)", run_folder, none)
 
 
 def test_the_configuration_is_kept_and_read_again(here):
     plan = meant("experiment=dit_dummy", "seed=5", "+trainer.limit_val_batches=3", "--lr", "3e-4")
-    keep_config(plan, ["experiment=dit_dummy", "seed=5"], Path("run"))
+    with kept_config(plan, ["experiment=dit_dummy", "seed=5"], Path("run")):
+        pass
     kept = yaml.safe_load(Path("run/.hydra/config.yaml").read_text())
     assert kept["experiment"] == "dit_dummy" and kept["seed"] == 5 and kept["model"]["hidden_size"] == [96, 192]
     assert yaml.safe_load(Path("run/.hydra/overrides.yaml").read_text()) == ["experiment=dit_dummy", "seed=5"]
@@ -375,27 +340,14 @@ SHORT = ["experiment=dit_dummy", "data.num_images=48", "data.batch_size=8", "cal
 SMALL = ["model.dit.hidden_size=[16,32]", "model.dit.depth=[1,1]", "model.dit.num_heads=[2,2]"]
 
 
-def values_of(run: Path, tag: str) -> list[float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = []
-    for folder in sorted((run / "lightning_logs").iterdir()):
-        events = EventAccumulator(str(folder))
-        events.Reload()
-        if tag in events.Tags()["scalars"]:
-            found += [event.value for event in events.Scalars(tag)]
-    return found
-
-
 def test_the_dummy_leaves_what_a_lightning_hydra_project_expects(train):
     said = train(*SHORT, *SMALL, "model.dit_module.max_steps=12", "+trainer.log_every_n_steps=2")
     (run,) = Path("logs/runs").glob("*/*")
     assert (run / ".hydra" / "config.yaml").is_file() and (run / "checkpoints" / "last.ckpt").is_file()
     assert len(list((run / "checkpoints").glob("epoch=*.ckpt"))) == 1
-    for tag in ("train/loss", "val/loss", "train/lr", "rae/psnr"):
-        assert values_of(run, tag), tag
+    assert {"train/loss", "val/loss", "train/lr", "rae/psnr"} <= curves(run).keys()
     assert "20 dB" in said and f"next: python -m vavae_tools.sample --checkpoint {run / 'pipeline'}" in said
-    without_null = run_experiment(*SHORT, *SMALL, "train.max_steps=1", "class_dropout_prob=0").parent
+    without_null = command.run_experiment(*SHORT, *SMALL, "train.max_steps=1", "class_dropout_prob=0").parent
     assert without_null != run and list((without_null / "samples").glob("*.png"))
     assert (run / "reconstructions" / "before.png").is_file() and list((run / "samples").glob("*.png"))
 
@@ -436,16 +388,13 @@ def test_commands_of_other_projects_run_as_the_readme_has_them(train, run_main, 
 def test_what_a_step_is_made_of_is_compared_on_resuming(train):
     words = [*SHORT, *SMALL, "--output_dir", "run", "train.previews=0"]
     train(*words, "train.max_steps=2")
-    others = (
-        "train.max_steps=4 resume=last train.accumulate_grad_batches=2 train.gradient_clip=9 objective.time=uniform"
-    )
-    found = (
-        "accumulate_grad_batches was 1, is 2; gradient_clip was 1.0, is 9.0; objective.time was lognorm, is uniform."
-    )
-    refuses(re.escape(found), train, *words, *others.split())
-    said = train(*words, *others.split(), "--allow_changes")
+    words += ["train.max_steps=4", "resume=last", "train.accumulate_grad_batches=2", "train.gradient_clip=9"]
+    words += ["objective.time=uniform"]
+    found = "accumulate_grad_batches was 1, is 2; gradient_clip was 1.0, is 9.0; objective.time was lognorm, is uniform"
+    refuses(re.escape(f"{found}."), train, *words)
+    said = train(*words, "--allow_changes")
     assert "changed on going on: accumulate_grad_batches was 1, is 2" in said and "4 steps of 16" in said
-    nothing = train(*words, *others.split())
+    nothing = train(*words)
     assert "Nothing is left to train: run/checkpoints/last.ckpt is at step 4 of 4; take more" in nothing
 
 
@@ -460,47 +409,6 @@ def test_a_latent_size_or_class_number_that_does_not_fit_is_one_line(train):
         refuses(re.escape(said), train, *SHORT, *SMALL, *change.split())
 
 
-FOLDER = [
-    "experiment=dit_dummy",
-    *SMALL,
-    "train.batch_size=4",
-    "train.max_steps=2",
-    "train.previews=0",
-    "output_dir=run",
-]
-
-
-def test_what_lightning_refuses_is_said_before_anything_is_encoded(train, split_dir):
-    for argument, said in (
-        ("trainer.limit_train_batches=2.5", "invalid value 2.5 for limit_train_batches"),
-        ("trainer.profiler=none", "When passing string value for the `profiler` parameter"),
-        ("trainer.barebones=true", "barebones=True"),
-    ):
-        refuses(said, train, *FOLDER, f"data.data_dir={split_dir}", argument)
-        assert not Path("run").exists() and not Path("logs/latents").exists()
-
-
-def test_other_data_or_batches_than_the_runs_are_refused_before_they_are_encoded(train, tmp_path):
-    for seed, (name, length) in enumerate({"first": 8, "second": 8, "fewer": 6}.items()):
-        for place, array in enumerate(noise(2 * length, 8, 8, seed=seed)):
-            (tmp_path / name / f"person {place % 2}").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(tmp_path / name / f"person {place % 2}" / f"{place}.png")
-    words = [*FOLDER, "data.val_share=0.25", "data.latents_dir=latents"]
-    train(*words, f"data.data_dir={tmp_path / 'first'}")
-    made = set(Path("latents").rglob("*.safetensors"))
-    for changes, said in (
-        ("second", "other settings: the data are others. Go on with those of that run, or with --allow_changes"),
-        ("fewer --allow_changes", "was written with samples = 12, here it is 8"),
-        ("first train.batch_size=5", "has steps of 4 images, here they are of 5: take --batch_size 4"),
-    ):
-        folder, *others = changes.split()
-        refuses(said, train, *words, f"data.data_dir={tmp_path / folder}", *others, "resume=last")
-        assert set(Path("latents").rglob("*.safetensors")) == made
-    assert "changed on going on: the data are others" in train(
-        *words, f"data.data_dir={tmp_path / 'second'}", "train.max_steps=3", "resume=last", "--allow_changes"
-    )
-
-
 def test_training_ends_early_where_nothing_gets_better(train):
     still = ["--lr", "1e-12", "train.max_epochs=6", "train.previews=0", "--output_dir", "[run] a=1"]
     said = train(*SHORT, *SMALL, *still, "--early_stopping_patience", "2")
@@ -510,21 +418,16 @@ def test_training_ends_early_where_nothing_gets_better(train):
     (best,) = Path("[run] a=1/checkpoints").glob("epoch=*.ckpt")
     resumed = train(*SHORT, *SMALL, *still, "--early_stopping_patience", "3", "--resume", str(best))
     assert "Ended early, after step 24" in resumed
-    with pytest.raises(UserError, match="--early_stopping_patience needs images that validate"):
-        train(*SHORT, *SMALL, "data.val_share=0", "--early_stopping_patience", "2")
 
 
 def test_what_a_folder_holds_says_which_experiment_takes_it(train):
     Path("texts/more").mkdir(parents=True)
     Path("texts/more/a.txt").write_text("a")
-    with pytest.raises(UserError, match=r"such as a.txt, and no images: .*experiment=token_images takes texts"):
-        train("--data_path", "texts", "--img_size", "64", "--batch_size", "32", "--epochs", "100", "--use_amp")
+    said = r"such as a.txt, and no images: .*experiment=token_images takes texts"
+    refuses(said, train, "--data_path", "texts", "--img_size", "64", "--epochs", "100", "--use_amp")
     assert not Path("logs").exists()
 
 
 def test_loggers_by_name_and_always_a_csv(tmp_path):
-    from vavae_tools.training.run import make_loggers
-
     assert [type(logger).__name__ for logger in make_loggers("tensorboard", tmp_path)][1:] == ["CSVLogger"]
-    for name, said in (("tensorbord", r"No logger .* mean tensorboard\?\)"), ("wandb", "needs the package wandb: pip")):
-        refuses(said, make_loggers, name, tmp_path)
+    refuses("needs the package wandb: pip", make_loggers, "wandb", tmp_path)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny import perturb_projections, same, tiny_vavae
+from tiny import last, perturb_projections, same, tiny_vavae, tiny_vit
 
 from vavae_tools.autoencoders.ldm_names import to_reference
 from vavae_tools.autoencoders.losses import PatchDiscriminator
@@ -33,12 +33,9 @@ TINY = {"condition_dim": 4, "image_size": 24, "batch_size": 6, "disc_width": 8, 
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory) -> Path:
-    from transformers import Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=28, patch_size=14)
+    numbers = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "patch_size": 14}
     folder = tmp_path_factory.mktemp("foundation")
-    Dinov2Model(config).save_pretrained(folder)
+    tiny_vit("Dinov2", **numbers).save_pretrained(folder)
     return folder
 
 
@@ -83,9 +80,9 @@ def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, publ
         assert f"The discriminator goes on from {source}" in told and f"The projection goes on from {source}" in told
     assert "Recipe stage1: l1_weight 1, disc_weight 0.5, kl_weight 1e-06, vf_weight 0.5" in told
     # nothing of stage 1 sees the discriminator, which starts at step 2,500
-    last = torch.load(folder / "stage1" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    trained = last(folder / "stage1")["state_dict"]
     first = torch.load(published, weights_only=True)["state_dict"]["loss.discriminator.main.0.weight"]
-    assert same(last["discriminator.main.0.weight"], first)
+    assert same(trained["discriminator.main.0.weight"], first)
     again, before = [], weights_of(folder)
     made = fine_tune_vavae(split_dir, folder, resume="last", log=again.append, **staged)
     assert made == folder / "stage3" / "vavae" and weights_of(folder) == before

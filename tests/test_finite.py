@@ -4,14 +4,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from tiny import PEOPLE, refuses, same, tiny_dit, tiny_pipeline, trained_looking
+from tiny import PEOPLE, QUIET, new_dit, refuses, same, tiny_pipeline
 
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import save_model
-from vavae_tools.training.denoiser_module import DiffusionModule
-
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
 
 
 class Spoil(L.Callback):
@@ -30,8 +27,7 @@ class Spoil(L.Callback):
 
 
 def train(latents_dir, *callbacks, guard=None, max_steps=6, plugins=(), resume=None, **choices):
-    denoiser, conditioner = tiny_dit()
-    module = DiffusionModule(trained_looking(denoiser), conditioner, lr=1e-3, warmup_steps=1)
+    module = new_dit()
     if guard is not None:
         module.configure_callbacks = lambda: [guard]
     settings = {**module.trainer_settings(accelerator="cpu", devices=1, **choices), **QUIET, "plugins": list(plugins)}

@@ -11,7 +11,7 @@ import torch
 from test_training import Fit, assert_same_run, modules
 from test_vavae_training import fit as fit_vavae
 from test_vavae_training import new_module
-from tiny import assert_same, refuses, same, tiny_dit
+from tiny import assert_same, names, refuses, same, tiny_dit
 
 from vavae_tools.checkpoints.formats import (
     clear_left_overs,
@@ -28,10 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 quiet = pytest.fail  # where there is nothing to say
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 @pytest.fixture(scope="module")
 def dit(split_dir, latents_dir, tmp_path_factory) -> Fit:
     """A DiT's three epochs of four steps, with a checkpoint of each step. Do not write into it."""
@@ -41,11 +37,6 @@ def dit(split_dir, latents_dir, tmp_path_factory) -> Fit:
 def after(fit: Fit, step: int) -> dict:
     """As `last.ckpt` was after a step."""
     return torch.load(fit.folder / f"{step:02d}.kept", weights_only=True)
-
-
-@pytest.fixture
-def data(split_dir, latents_dir):
-    return split_dir, latents_dir
 
 
 def small(number: float = 1.0, step: int = 7) -> dict:

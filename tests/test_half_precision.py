@@ -39,8 +39,7 @@ def trained(split_dir, vavae_dir, latents_dir, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "name",
-    ["vavae_full", "dit", "ddt", "rae_decoder", "token_images", "text_epsilon", "text_flow_matching"],
+    "name", ["vavae_full", "dit", "ddt", "rae_decoder", "token_images", "text_epsilon", "text_flow_matching"]
 )
 def test_fp16_with_a_scaler_and_bf16_train_alike(trained, name):
     """What is logged at the end, of training and validation, is the same but for bf16's two digits."""

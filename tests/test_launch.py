@@ -120,11 +120,13 @@ def test_how_many_processes_are_started(monkeypatch):
 
 def test_lines_bars_and_images_come_into_the_cell(forked, monkeypatch, capsys):
     monkeypatch.setattr(launch, "in_notebook", lambda: True)
-    shown = []
+    shown, texts = [], []
+    monkeypatch.setattr("IPython.display.display", lambda data, **where: texts.append((data["text/plain"], where)))
     assert call_on_ranks("on_ranks:tell", {"folder": "x"}, 2, show=shown.append) == "x"
-    said = capsys.readouterr()
-    assert said.out == "a line of process 0\n"
-    assert "counting: 100%" in said.err and "3/3" in said.err
+    assert capsys.readouterr().out == "a line of process 0\n"
+    assert "counting: 100%" in texts[-1][0] and "3/3" in texts[-1][0]
+    assert len({where["display_id"] for _, where in texts}) == 1  # each in the place of the one before
+    assert [where["update"] for _, where in texts] == [False] + [True] * (len(texts) - 1)
     assert len(shown) == 1 and torch.equal(shown[0], torch.arange(12, dtype=torch.uint8).reshape(3, 2, 2))
 
 

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from tiny import same, tiny_dit, trained_looking
+from tiny import new_dit, same, tiny_dit
 from torch import nn
 
 from vavae_tools.data.latents import LatentDataModule
@@ -159,11 +159,6 @@ def test_the_search_doubles_or_halves_then_bisects():
 
 
 # ---- whole steps of a module
-
-
-def new_dit(**changes) -> DiffusionModule:
-    denoiser, conditioner = tiny_dit()
-    return DiffusionModule(trained_looking(denoiser), conditioner, **{"lr": 1e-3, "warmup_steps": 1, **changes})
 
 
 def test_whole_steps_are_tried_on_copies(monkeypatch):

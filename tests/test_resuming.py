@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_folder_checkpoints import Malicious, names, run_folder, small
+from test_folder_checkpoints import Malicious, run_folder, small
 from test_vavae_training import new_module
-from tiny import assert_same, refuses, tiny_dit, tiny_vavae
+from tiny import assert_same, names, refuses, tiny_dit, tiny_vavae
 
 from vavae_tools.checkpoints.__main__ import main
 from vavae_tools.checkpoints.formats import read_any_format, write_any_format, write_folder

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
-from alike import assert_curves_alike, assert_weights_alike
+from alike import assert_curves_alike, assert_weights_alike, values_of
 from forked import python
 from nbclient import NotebookClient
 from on_ranks import children, gone
-from test_experiments import SHORT, SMALL, values_of
-from tiny import same
+from test_experiments import SHORT, SMALL
+from tiny import assert_same, last
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = [*SHORT, *SMALL, "model.dit_module.max_steps=20", "callbacks.save_every_n_steps=12"]
@@ -83,10 +82,6 @@ def text_of(cell) -> str:
     return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
-def weights(folder: Path | str) -> dict[str, torch.Tensor]:
-    return torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
 WAYS = [by_flags, by_torchrun, by_torchrun_on_two_nodes, by_a_cell]
 
 
@@ -99,24 +94,23 @@ def test_two_processes_train_what_one_does(one, here, forked, way):
         validation = tag == "val/loss"
         assert len(alone) == 20 or validation
         assert_curves_alike(together, alone, tag, steps_before=20 if validation else 0)
-    together = weights("two")
-    assert_weights_alike(together, weights(one))
+    together = last("two")["state_dict"]
+    assert_weights_alike(together, last(one)["state_dict"])
     if way is by_flags:  # resumed, bit by bit
         way([*NUMBERS, *HALVES, "--output_dir", "again", "--resume", "two/checkpoint-12"])
-        again = weights("again")
-        assert all(same(together[name], again[name]) for name in together)
+        assert_same(last("again")["state_dict"], together)
         alone = [*NUMBERS, *HALVES, "--devices", "1", "--output_dir", "alone", "--resume", "two/checkpoint-12"]
         assert "2 batches are gathered" in finish([start(alone)])[0]
-        assert_weights_alike(weights("alone"), together)
+        assert_weights_alike(last("alone")["state_dict"], together)
 
 
 LONG = [*SHORT, *SMALL, *HALVES, "model.dit_module.max_steps=100000", "callbacks.save_every_minutes=0.02"]
 
 
-def until_saved(process: subprocess.Popen, folder: str) -> None:
+def until_saved(process: subprocess.Popen | None = None) -> None:
     deadline = time.monotonic() + 120
-    while not (Path(folder) / "checkpoints" / "last.ckpt").is_file():
-        assert process.poll() is None and time.monotonic() < deadline
+    while not Path("run/checkpoints/last.ckpt").is_file():
+        assert (process is None or process.poll() is None) and time.monotonic() < deadline
         time.sleep(0.05)
 
 
@@ -130,7 +124,7 @@ def test_a_rank_that_is_killed_takes_the_others_along(here, rank, by):
     else:
         program = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         process = start([*LONG, "--output_dir", "run"], program, interpreter)
-    until_saved(process, "run")
+    until_saved(process)
     ranks = children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[rank], signal.SIGKILL)
@@ -138,21 +132,19 @@ def test_a_rank_that_is_killed_takes_the_others_along(here, rank, by):
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     if by == "flags":
-        last = said.splitlines()[-1]
-        assert last.startswith(f"error: Process {rank + 1} of 2 was ended by signal 9"), said
-    assert weights("run")  # whole
+        assert said.splitlines()[-1].startswith(f"error: Process {rank + 1} of 2 was ended by signal 9"), said
+    assert last("run")  # whole
 
 
 def test_ctrl_c_lets_all_save_and_end(here):
     process = start([*LONG, "--devices", "2", "--output_dir", "run"])
-    until_saved(process, "run")
+    until_saved(process)
     ranks = children(process.pid)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and gone(ranks, 0.5)
     (step,) = re.findall(r"Stopped after step ([\d,]+); go on with --resume last", said)
-    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == int(step.replace(",", ""))
+    assert last("run")["global_step"] == int(step.replace(",", ""))
 
 
 # ---- from a cell
@@ -210,10 +202,7 @@ def test_the_stop_button_of_a_notebook(here):
     try:
         words = [*LONG, "trainer.devices=2", "--output_dir", "run"]
         client.execute(f"from vavae_tools.train import run_experiment; print('made', run_experiment(*{words!r}))")
-        deadline = time.monotonic() + 120
-        while not Path("run/checkpoints/last.ckpt").is_file():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until_saved()
         ranks = children(manager.provisioner.pid)
         manager.interrupt_kernel()
         said = ""

@@ -1,8 +1,6 @@
 """Several processes validate, judge and encode what one does; this file is also what torchrun starts for that."""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from forked import python
+from forked import torchrun
 from safetensors.torch import load_file
 from tiny import SIZE, Averages, perturb_projections, same, tiny_dit, tiny_vavae, trained_looking
 from torch.distributed import HashStore
@@ -152,10 +150,8 @@ def alone(split_dir, tmp_path_factory) -> dict:
 def several(request, split_dir, tmp_path_factory) -> tuple[list[dict], Path]:
     """What two processes of torchrun make, and three: of each, and their latents."""
     folder = tmp_path_factory.mktemp("several")
-    program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}", __file__]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [python(), *program, *map(str, (folder, split_dir, folder / "latents", folder / "classifier"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    places = folder, split_dir, folder / "latents", folder / "classifier"
+    done = torchrun(__file__, *places, count=request.param)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)], folder / "latents"
 

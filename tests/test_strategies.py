@@ -1,22 +1,19 @@
 """FSDP on two processes of this CPU trains what DDP and one process do, and its checkpoints are everybody's."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from alike import assert_weights_alike
-from forked import python
+from forked import torchrun
 from PIL import Image
 from sharded_training import train
 from test_training import KEPT
-from tiny import assert_same
+from tiny import assert_same, last
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-HERE = Path(__file__).parent
+SCRIPT = str(Path(__file__).with_name("sharded_training.py"))
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +36,15 @@ def runs(tmp_path_factory, latents_dir) -> tuple[Path, str]:
         job("failing", failing=True, **fsdp),
         job("ddp", strategy="ddp"),
     )
-    done = on_two_processes(*jobs)
+    done = torchrun(SCRIPT, json.dumps(jobs))
     assert not done.returncode, done.stderr
     return folder, done.stdout
 
 
-def on_two_processes(*jobs: dict) -> subprocess.CompletedProcess:
-    command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command += [str(HERE / "sharded_training.py"), json.dumps(jobs)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-
-
 def test_a_preview_that_fails_in_one_process_alone_ends_them(latents_dir, tmp_path):
     one = {"run": str(tmp_path), "latents": str(latents_dir), "strategy": "fsdp", "failing": "1"}
-    done = on_two_processes(one)
+    done = torchrun(SCRIPT, json.dumps([one]))
     assert done.returncode and "A preview failed in process 2 alone (MemoryError: too little)" in done.stderr
-
-
-def last(run: Path) -> dict:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def test_fsdp_resumes_bit_by_bit(runs):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,17 +11,18 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from alike import assert_curves_alike
-from forked import python
-from tiny import tiny_dit, tiny_vavae, trained_looking
+from alike import assert_curves_alike, curves
+from forked import torchrun
+from test_token_training import batch as token_batch
+from test_token_training import module as token_module
+from tiny import QUIET, new_dit, tiny_vavae
 
 from vavae_tools.autoencoders.rae import tiny_rae
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.latents import LatentDataModule
-from vavae_tools.data.tokens.dataset import TokenImageDataset
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
-from vavae_tools.diffusion.dit import DDT, DiT, TextDiT
-from vavae_tools.diffusion.objectives import SamplePrediction, make_objective
+from vavae_tools.diffusion.dit import DDT, TextDiT
+from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
 from vavae_tools.training.callbacks import throughput
 from vavae_tools.training.callbacks.throughput import Moment, Throughput
@@ -30,13 +30,7 @@ from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import quiet_lightning
 from vavae_tools.training.run import build_trainer, fit_trainer
 
-ROOT = Path(__file__).parent.parent
 GLOBAL_BATCH = 8
-
-
-def new_dit(**changes) -> DiffusionModule:
-    denoiser, conditioner = tiny_dit()
-    return DiffusionModule(trained_looking(denoiser), conditioner, **{"lr": 1e-3, "warmup_steps": 1, **changes})
 
 
 def new_vavae(**changes) -> VAVAEModule:
@@ -52,18 +46,6 @@ def train(module, data, folder: Path, callbacks=(), log=lambda line: None, resum
     trainer = build_trainer({**length, **settings}, folder, list(callbacks), log)
     fit_trainer(trainer, module, data, resume, log)
     return trainer
-
-
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """tag → (step, value), as TensorBoard has them of all the folder's versions."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = {}
-    for version in sorted((folder / "lightning_logs").iterdir()):
-        events = EventAccumulator(str(version)).Reload()
-        for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
-    return found
 
 
 # ---- what one process and two do alike
@@ -204,12 +186,9 @@ def run_all(folder: Path, latents_dir: Path, split_dir: Path) -> None:
 @pytest.fixture(scope="module")
 def one_and_two(latents_dir, split_dir, tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    torchrun = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     (folder / "1").mkdir()
     (folder / "2").mkdir()
-    words = [str(path) for path in (folder / "2", latents_dir, split_dir)]
-    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=240, env=environment)
+    done = torchrun(__file__, folder / "2", latents_dir, split_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     run_all(folder / "1", latents_dir, split_dir)
     return folder / "1", folder / "2"
@@ -328,9 +307,8 @@ def test_marks_in_a_gpus_queue_are_read_once_they_have_passed(monkeypatch, laten
             seen.append(measured._whole["steps"])
 
     module = new_dit()
-    plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
     settings = module.trainer_settings(accelerator="cpu", devices=1)
-    trainer = L.Trainer(**settings, **plain, max_steps=10, callbacks=[measured, Run()])
+    trainer = L.Trainer(**settings, **QUIET, max_steps=10, callbacks=[measured, Run()])
     trainer.fit(module, slow_data(latents_dir, 2, clock, 0.0))
     assert seen == [0, 0, 0, 0, 0, 0, 1, 2, 3, 4]
     assert measured.speed["step_ms"] == 1000 and measured._whole["steps"] == 7
@@ -379,10 +357,8 @@ def new_rae_decoder() -> tuple[RAEDecoderModule, dict]:
 
 
 def new_tokens() -> tuple[DiffusionModule, dict]:
-    code = {"num_tokens": 260, "cell_size": 4, "channels": 3}
-    denoiser = DiT(32, 4, 4, 16, 1, 2, positions="sequence")
-    module = DiffusionModule(denoiser, ClassConditioner(1, 16, 0.0), SamplePrediction(), token_images={"code": code})
-    return module, module.on_before_batch_transfer(TokenImageDataset("zen", 32).get_batch([0, 1]), 0)
+    module = token_module()
+    return module, token_batch(module, 0, 1)
 
 
 def new_ddt() -> tuple[DiffusionModule, dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from alike import assert_weights_alike
-from tiny import assert_same_training
+from tiny import assert_same_training, last
 
 from vavae_tools import train
 from vavae_tools.data.tokens.dataset import TokenImageDataset
@@ -33,10 +33,6 @@ def run(here, run_main):
         return said
 
     return train_here
-
-
-def last(run: str) -> dict:
-    return torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def test_the_command_as_it_is_typed_and_gone_on_with_from_a_pth(run, here):

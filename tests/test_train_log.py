@@ -9,18 +9,16 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from alike import curves
 from lightning.pytorch.callbacks import Checkpoint
-from test_throughput import curves
-from tiny import tiny_dit, trained_looking
+from test_throughput import train as train_quietly
+from tiny import new_dit
 
 from vavae_tools.data.latents import LatentDataModule
 from vavae_tools.runtime.errors import Stopped, UserError
 from vavae_tools.training.callbacks.checkpointing import checkpoint_callbacks
 from vavae_tools.training.callbacks.progress import NAME, Progress, TrainLog
 from vavae_tools.training.config import SaveConfig
-from vavae_tools.training.denoiser_module import DiffusionModule
-from vavae_tools.training.devices import quiet_lightning
-from vavae_tools.training.run import build_trainer, fit_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (\w+) +(.*)")
@@ -32,17 +30,10 @@ STEP = re.compile(
 
 def train(folder: Path, latents: Path, log: TrainLog, callbacks=(), resume=None, steps=12, validate=False, **settings):
     """On 24 latents, four of them a batch: six batches an epoch."""
-    quiet_lightning()
-    denoiser, conditioner = tiny_dit()
-    module = DiffusionModule(trained_looking(denoiser), conditioner, lr=1e-3, warmup_steps=1, seed=1)
-    data = LatentDataModule(latents, batch_size=4, seed=1)
-    settings = {"limit_val_batches": 1.0 if validate else 0, "log_every_n_steps": 3, **settings}
+    settings = {"limit_val_batches": 1.0 if validate else 0, "log_every_n_steps": 3, "max_steps": steps, **settings}
     settings["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    settings = module.trainer_settings(accelerator="cpu", devices=1, **settings)
-    length = {"max_steps": steps, "max_epochs": -1}
-    trainer = build_trainer({**length, **settings}, folder, [log, *callbacks], lambda line: None)
-    fit_trainer(trainer, module, data, resume, lambda line: None)
-    return trainer
+    data = LatentDataModule(latents, batch_size=4, seed=1)
+    return train_quietly(new_dit(seed=1), data, folder, [log, *callbacks], resume=resume, **settings)
 
 
 def lines(folder: Path) -> list[tuple[str, str]]:

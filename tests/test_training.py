@@ -87,11 +87,6 @@ def assert_same_run(resumed: Fit, whole: Fit) -> None:
         assert_same(resumed.last[part], whole.last[part], part)
 
 
-@pytest.fixture
-def data(split_dir, latents_dir):
-    return split_dir, latents_dir
-
-
 LENGTHS = {
     "epochs": {"max_epochs": 3},
     "steps": {"max_steps": 10, "max_epochs": -1},  # as `train_dit`, ends within an epoch

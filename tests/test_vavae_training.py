@@ -1,11 +1,13 @@
 """Fine-tuning with every loss: two optimisers exactly, steps that are finite, what is frozen is asked once."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from test_training import Watch
-from tiny import assert_same, same, tiny_vavae
+from test_training import KEPT, Watch
+from tiny import QUIET, assert_same, last, same, tiny_vavae
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -57,40 +59,46 @@ def new_module(**changes) -> VAVAEModule:
     return VAVAEModule(tiny_vavae(), **settings, lpips=Squares(), foundation=Colours())
 
 
-def fit(folder, split_dir, module=None, resume=None, callbacks=(), batch_size=6, minutes=0, **length):
-    """One training; (trainer, `last.ckpt`, what was seen)."""
+def fit(folder, data, module=None, resume=None, callbacks=(), batch_size=6, monitor="val/reconstruction", **length):
+    """One training on data or a split's folder; (trainer, `last.ckpt`, what was seen)."""
     module = module or new_module()
-    checkpoints = folder / "checkpoints"
-    watch = Watch(checkpoints)
-    every = checkpoint_callbacks(checkpoints, "val/reconstruction", SaveConfig(minutes))
+    data = ImageDataModule(data, PIXELS, batch_size) if isinstance(data, Path) else data
+    watch = Watch(folder / "checkpoints")
+    every = checkpoint_callbacks(watch.folder, monitor, SaveConfig(0))
     devices.quiet_lightning()
     settings = module.trainer_settings(accelerator="cpu", devices=1)
     trainer = build_trainer(settings, folder, [*every, watch, *callbacks], lambda line: None, **length)
-    trainer.fit(module, ImageDataModule(split_dir, PIXELS, batch_size), ckpt_path=resume, weights_only=True)
-    return trainer, torch.load(checkpoints / "last.ckpt", weights_only=True), watch.seen
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return trainer, last(folder), watch.seen
+
+
+def assert_goes_on_exactly(fit, folder: Path, steps: set[int], whole: dict, seen: list) -> None:
+    """That `fit(folder, resume)`, from what was kept after these steps of `folder`/whole, ends as that did."""
+    for path in sorted((folder / "whole" / "checkpoints").glob("*.kept")):
+        if torch.load(path, weights_only=True)["global_step"] in steps:
+            _, resumed, rest = fit(folder / path.stem, path)
+            assert rest == seen[len(seen) - len(rest) :]
+            for part in KEPT:
+                assert_same(resumed[part], whole[part], part)
 
 
 @pytest.mark.parametrize("gathered", [1, 3])
 def test_two_optimisers_are_resumed_exactly(tmp_path, split_dir, gathered):
     """Three batches a step leave one of the epoch's four: it makes a step of its own."""
-    length = {"max_epochs": 3}
     steps = 12 if gathered == 1 else 6
     changes = {"accumulate_grad_batches": gathered, "disc_start": 3 if gathered == 1 else 1}
-    trainer, whole, seen = fit(tmp_path / "whole", split_dir, new_module(**changes), **length)
+
+    def run(folder, resume=None):
+        return fit(folder, split_dir, new_module(**changes), resume, max_epochs=3)
+
+    trainer, whole, seen = run(tmp_path / "whole")
     assert trainer.global_step == whole["global_step"] == steps  # the model's steps, not both optimisers'
     assert len(whole["optimizer_states"]) == 2
     first, second = (state["state"][0]["step"].item() for state in whole["optimizer_states"])
     assert first == steps and second == steps - changes["disc_start"]
     kept = sorted((tmp_path / "whole" / "checkpoints").glob("*.kept"))
     assert len({torch.load(path, weights_only=True)["global_step"] for path in kept}) >= steps - 1
-    for path in kept:
-        step = torch.load(path, weights_only=True)["global_step"]
-        if step not in (changes["disc_start"], steps // 2, steps - 1):
-            continue
-        _, resumed, rest = fit(tmp_path / path.stem, split_dir, new_module(**changes), path, **length)
-        assert rest == seen[len(seen) - len(rest) :]
-        for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
-            assert_same(resumed[part], whole[part], part)
+    assert_goes_on_exactly(run, tmp_path, {changes["disc_start"], steps // 2, steps - 1}, whole, seen)
 
 
 def test_gathered_batches_are_one_batch(tmp_path, split_dir):
@@ -112,8 +120,8 @@ def test_gathered_batches_are_one_batch(tmp_path, split_dir):
 def test_what_is_off_is_not_built(split_dir, tmp_path):
     module = new_module(vf_weight=0.0, disc_weight=0.0, perceptual_weight=0.0)
     assert {name.split(".")[0] for name in module.state_dict()} == {"vavae"}
-    trainer, last, _ = fit(tmp_path, split_dir, module, max_epochs=1)
-    assert len(last["optimizer_states"]) == 1
+    trainer, found, _ = fit(tmp_path, split_dir, module, max_epochs=1)
+    assert len(found["optimizer_states"]) == 1
     names = {name for name in trainer.logged_metrics if name.startswith("train/")}
     assert not {"train/alignment", "train/discriminator", "train/generator", "train/perceptual"} & names
 
@@ -196,12 +204,7 @@ def test_parts_that_cannot_be_are_refused(changes, message):
         VAVAEModule(tiny_vavae(), **{"foundation": Colours(), "lpips": Squares(), **changes})
 
 
-def test_recipes_hold_the_references_numbers():
-    stages = [LOSSES[f"stage{n}"] for n in (1, 2, 3)]
-    assert [stage["vf_weight"] for stage in stages] == [0.5, 0.1, 0.1]
-    assert [stage["disc_start"] for stage in stages] == [(5001 - 1) // 2, 0, 0]
-    assert all(stage["lr"] == 1e-4 and stage["betas"] == (0.5, 0.9) and stage["disc_weight"] == 0.5 for stage in stages)
-    assert (stages[2]["distance_margin"], stages[2]["cosine_margin"]) == (0.25, 0.5)
+def test_recipes_are_of_numbers_that_the_module_takes():
     for recipe in LOSSES.values():
         VAVAEModule(tiny_vavae(), **{"lr": 1e-3, **recipe, "disc_width": 4}, lpips=Squares(), foundation=Colours())
 
@@ -215,8 +218,7 @@ PLAIN = {"gradient_clip": 0.0, "perceptual_weight": 0.0, "gradient_weight": 0.0,
 def in_fp16(module, split_dir, scaler, callback, resume=None, **length) -> L.Trainer:
     settings = {**module.trainer_settings(accelerator="cpu", devices=1), "precision": None}
     settings["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    trainer = L.Trainer(**settings, **quiet, **length, callbacks=[callback])
+    trainer = L.Trainer(**settings, **QUIET, **length, callbacks=[callback])
     data = DataLoader(in_batches(ImageDataModule(split_dir, PIXELS).train_data), 6, collate_fn=lambda batch: batch)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     return trainer

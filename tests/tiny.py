@@ -16,9 +16,12 @@ from vavae_tools.diffusion.dit import DiT
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.runtime.errors import UserError
+from vavae_tools.training.denoiser_module import DiffusionModule
 
 torch.set_num_threads(1)  # for steps of a millisecond; two threads on a busy machine take seven times as long
 
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+"""arguments of a Trainer that trains and does nothing else"""
 PEOPLE = 3
 SIZE = 16
 """pixels of the tiny images; two levels make latents of 2×8×8 of them"""
@@ -64,6 +67,12 @@ def tiny_dit(seed: int = 0, **changes) -> tuple[DiT, ClassConditioner]:
     torch.manual_seed(seed)
     numbers = {"input_size": 8, "patch_size": 4, "in_channels": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
     return DiT(**{**numbers, **changes}), ClassConditioner(PEOPLE, 16)
+
+
+def new_dit(**changes) -> DiffusionModule:
+    """The training of one that predicts something."""
+    denoiser, conditioner = tiny_dit()
+    return DiffusionModule(trained_looking(denoiser), conditioner, **{"lr": 1e-3, "warmup_steps": 1, **changes})
 
 
 def trained_looking(model: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
@@ -120,6 +129,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def refused(call, *arguments, **settings) -> str:
     """The one line of the `UserError` that a call raises."""
     with pytest.raises(UserError) as raised:
@@ -153,9 +166,14 @@ def assert_same(a, b, where: str = "") -> None:
         assert same(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
+def last(run: str | Path) -> dict:
+    """What the `last.ckpt` of a run's folder holds."""
+    return torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
+
+
 def assert_same_training(one: str | Path, other: str | Path) -> None:
     """That the `last.ckpt` of two runs' folders hold the same weights, optimiser, schedule and place."""
-    a, b = (torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, other))
+    a, b = last(one), last(other)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_same(a[part], b[part], part)
 

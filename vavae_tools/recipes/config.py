@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 import yaml
 
 from vavae_tools.recipes.base import RECIPES, AnyRecipe, Recipe
-from vavae_tools.runtime.errors import UserError, is_path, one_line, with_home
+from vavae_tools.runtime.errors import UserError, check_known, is_path, one_line, with_home
 from vavae_tools.training.config import (
     Setting,
     TypedLoader,
@@ -121,10 +121,9 @@ def compose(line: CommandLine, **defaults: Any) -> Experiment:
     name = name or ("text_to_image" if "training" in given else DEFAULT)  # that alone has this section
     keys, groups = _settings_of_experiment(name), _aliases()["groups"]
     for group, options in groups.items():
-        option = line.overrides.get(group)
-        if option not in (None, *options):
-            raise UserError(f"No {group}={option}; there are {', '.join(options)}")
-        keys.set_all(options.get(option, {}))
+        if group in line.overrides:
+            check_known(group, line.overrides[group], options)
+            keys.set_all(options[line.overrides[group]])
     keys.set_all(defaults)
     keys.end_layer()
     flags = given.pop("flags", None) or {}  # what older versions' --print_config said: flag → key
@@ -269,10 +268,7 @@ class RecipeSettings:
 
 
 def _settings_of_experiment(name: str) -> RecipeSettings:
-    known = experiments()
-    if name not in known:
-        meant = _did_you_mean(name, {each: each for each in known})
-        raise UserError(f"No experiment={name}{meant}; there are {', '.join(known)}")
+    check_known("experiment", name, experiments())
     if name in RECIPES:
         return RecipeSettings(RECIPES[name]())
     values = yaml.safe_load((CONFIGS / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))

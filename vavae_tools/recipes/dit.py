@@ -76,9 +76,8 @@ def encode_split(
             f"{__name__}:_encode_here", {**arguments, "other_people": other_people, **of_data}, several
         )
     model, images = _vavae_and_images(vavae_dir, data_dir, image_size, seed, other_people, **of_data)
-    statistics = read_latent_statistics(latents_stats) if latents_stats else None
-    options = {"flips": flips, "seed": seed, "statistics": statistics}
-    return encode_once(model, images, output_dir, log, attached=list(folders_with(attached, FIRST_SHARD)), **options)
+    options = {"flips": flips, "seed": seed, "attached": list(folders_with(attached, FIRST_SHARD))}
+    return encode_once(model, images, output_dir, log, latents_stats, **options)
 
 
 def _encode_here(**arguments: Any) -> LatentFolder:
@@ -96,12 +95,15 @@ def _vavae_and_images(
     return with_vectors_of(model, images.labels, other_people, source), images
 
 
-def encode_once(model: nn.Module, images: Any, folder: str | Path, log: Log, **options: Any) -> LatentFolder:
-    """Return `encode_latents` with all processes, each on its device."""
-    folder = in_home(folder)
+def encode_once(
+    model: nn.Module, images: Any, folder: str | Path, log: Log, stats: str | Path | None = None, **options: Any
+) -> LatentFolder:
+    """Return `encode_latents` with all processes, each on its device; `stats` is the file of published statistics."""
     for note in images.notes:
         log(note)
-    latents = encode_latents(model, images, folder, device=find_device(), ranks=current_ranks(), log=log, **options)
+    options["statistics"] = read_latent_statistics(stats) if stats else None
+    options |= {"device": find_device(), "ranks": current_ranks(), "log": log}
+    latents = encode_latents(model, images, in_home(folder), **options)
     log(str(latents))
     return latents
 
@@ -140,13 +142,12 @@ def build(recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, sh
     data, vavae = recipe.data, recipe.vavae
     arguments = {"seed": recipe.seed, "other_people": vavae.other_people, **data.arguments()}
     model, images = _vavae_and_images(vavae.source, **arguments)
-    statistics = read_latent_statistics(vavae.latents_stats) if vavae.latents_stats else None
     sides = [side // model.downsampling for side in images.train_data.image_size]
     check_before_encoding(recipe, (model.config.latent_channels, *sides), images, resume_from)
     folder = latents_folder(data.latents_dir, data.data_dir, "vavae", output_dir)
-    options = {"flips": data.flips, "seed": recipe.seed, "statistics": statistics}
     check = partial(check_data, resume_from, recipe.train.allow_changes)
-    latents = encode_once(model, images, folder, log, **options, check=check)
+    options = {"flips": data.flips, "seed": recipe.seed, "check": check}
+    latents = encode_once(model, images, folder, log, vavae.latents_stats, **options)
     return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=model, folder=latents)
 
 
@@ -205,14 +206,7 @@ def build_on_latents(
 
     preview = partial(SamplePreviews, make, COLUMNS, show=show, rows=[name for _, name in shown])
     data = {"data": latents, "fingerprint": folder.key}
-    data["remarks"] = remarks_on(conditioner)
     return denoiser_run(module, config, output_dir, load_pipeline, preview, log, **data, **of_run)
-
-
-def remarks_on(conditioner: nn.Module) -> list[str]:
-    """Return what to say of a training without a null condition."""
-    without = "No null condition (condition_dropout=0): previews and samples are made without guidance"
-    return [] if conditioner.dropout else [without]
 
 
 def check_before_encoding(
@@ -268,6 +262,7 @@ def denoiser_run(
     load: Callable[[Path], DiffusionPipeline],
     preview: Callable[..., L.Callback],
     log: Log,
+    remarks: Sequence[str] = (),
     **further: Any,
 ) -> Run:
     """Return a `Run`, with further fields, that ends with the pipeline that `load` makes of a checkpoint.
@@ -275,6 +270,8 @@ def denoiser_run(
     `preview` makes the callback of a folder and the epochs after which there is one.
     """
     folder, checkpoints, samples = (output_dir / name for name in ("pipeline", "checkpoints", "samples"))
+    if module.code is None and not module.network["conditioner"].dropout:
+        remarks = [*remarks, "No null condition (condition_dropout=0): previews and samples are made without guidance"]
 
     def export(trainer: L.Trainer) -> None:
         with silent_loading():
@@ -291,6 +288,7 @@ def denoiser_run(
         export=export,
         folder=folder,
         preview=partial(preview, samples),
+        remarks=remarks,
         **further,
     )
 

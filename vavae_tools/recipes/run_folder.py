@@ -61,7 +61,7 @@ def _newest_run(name: str) -> Path:
 @contextmanager
 def kept_config(plan: Experiment, words: Sequence[str], folder: Path) -> Iterator[None]:
     """Keep what was typed in a run's folder; where the training is refused, leave the folder as it was."""
-    from vavae_tools.runtime.files import alone_in
+    from vavae_tools.runtime.files import alone_in, atomic_write
 
     if not is_rank_zero():
         yield
@@ -70,7 +70,9 @@ def kept_config(plan: Experiment, words: Sequence[str], folder: Path) -> Iterato
     with alone_in(folder):
         former, begun = {path: path.read_bytes() for path in kept.glob("*")}, _begun(folder)
         try:
-            keep_config(plan, words, folder)
+            for name, value in (("config", plan.plain()), ("overrides", list(words))):  # as Hydra does
+                with atomic_write(kept / f"{name}.yaml") as partial:
+                    partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")
             yield
         except UserError:
             if _begun(folder) == begun:
@@ -83,12 +85,3 @@ def kept_config(plan: Experiment, words: Sequence[str], folder: Path) -> Iterato
 
 def _begun(folder: Path) -> list[int]:
     return [path.stat().st_size for pattern in ("train.log", "*/train.log") for path in folder.glob(pattern)]
-
-
-def keep_config(plan: Experiment, words: Sequence[str], folder: Path) -> None:
-    """Write `.hydra/config.yaml` and `.hydra/overrides.yaml`, as Hydra does."""
-    from vavae_tools.runtime.files import atomic_write
-
-    for name, value in (("config", plan.plain()), ("overrides", list(words))):
-        with atomic_write(folder / ".hydra" / f"{name}.yaml") as partial:
-            partial.write_text(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), encoding="utf-8")

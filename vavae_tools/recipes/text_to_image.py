@@ -23,14 +23,7 @@ from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.pipelines.batches import in_batches
 from vavae_tools.pipelines.text import TextToImagePipeline, load_text_pipeline
 from vavae_tools.recipes.base import TextToImageRecipe
-from vavae_tools.recipes.dit import (
-    denoiser_run,
-    encode_once,
-    latents_folder,
-    make_recipe_objective,
-    prepared,
-    remarks_on,
-)
+from vavae_tools.recipes.dit import denoiser_run, encode_once, latents_folder, make_recipe_objective, prepared
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.runtime.files import atomic_write, free_bytes, save_model
 from vavae_tools.runtime.machine import find_device
@@ -105,7 +98,7 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
         with atomic_write(output_dir / "samples" / "prompts.txt") as partly:
             partly.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     preview = partial(SamplePreviews, make, COLUMNS, show=show, rows=prompts)
-    remarks, saves_memory = remarks_on(conditioner), ["--auto_batch_size (the largest batch that fits)"]
+    remarks, saves_memory = [], ["--auto_batch_size (the largest batch that fits)"]
     if not data.drop_last:
         remarks.append("drop_last=false: every step still has a whole batch; the rest of an epoch comes up in others")
     if not cached and not recipe.vae.use_slicing:

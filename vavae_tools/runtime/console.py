@@ -100,12 +100,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-# ---- what is no text, from a process into the cell
-def send_record(**values: Any) -> None:
-    """Hand plain values to the cell that shows this process's output."""
-    print(_RECORD + json.dumps(values), flush=True)
-
-
+# ---- what stands in its own place in a cell, also from a process that the cell shows
 def show_image(image: Any, slot: str | None = None, again: bool = False) -> None:
     """Show a Pillow image below a notebook's cell, from its own process or from one for it; elsewhere do nothing.
 
@@ -114,9 +109,23 @@ def show_image(image: Any, slot: str | None = None, again: bool = False) -> None
     if for_a_cell():
         with NamedTemporaryFile(dir=os.environ[CELL], suffix=".png", delete=False) as file:
             image.save(file, format="png")
-        send_record(image=file.name, slot=slot, again=again)
+        _send(image=file.name, slot=slot, again=again)
     elif in_notebook():
         _display(image, slot, again)
+
+
+def _show_text(text: str, slot: str, again: bool) -> None:
+    if for_a_cell():
+        _send(text=text, slot=slot, again=again)
+        return
+    from IPython.display import display
+
+    display({"text/plain": text}, raw=True, display_id=slot, update=again)
+
+
+def _send(**values: Any) -> None:
+    """Hand plain values to the cell that shows this process's output."""
+    print(_RECORD + json.dumps(values), flush=True)
 
 
 def _display(image: Any, slot: str | None, again: bool) -> None:
@@ -140,34 +149,26 @@ def small_jpeg(image: Any) -> bytes:
         image = image.resize([max(1, side * 3 // 4) for side in image.size], resample=4)  # a pixel's mean (BOX)
 
 
-def show_record(line: str, bars: dict[int, Any], show: Callable[[Any], None] | None = None) -> bool:
-    """Show what `send_record` sent, a bar's state (also in `bars`) or an image; return False for a line of text."""
+def show_record(line: str, show: Callable[[Any], None] | None = None) -> bool:
+    """Show what such a process sent, a text or an image; return False for a line that is neither."""
     if not line.startswith(_RECORD):
         return False
     values = json.loads(line[len(_RECORD) :])
-    if "image" in values:
-        import numpy as np
-        from PIL import Image
-
-        with Image.open(values["image"]) as file:
-            image = file.convert("RGB")
-        Path(values["image"]).unlink()
-        if show is None or values["slot"] is not None:
-            _display(image, values["slot"], values["again"])
-        else:
-            import torch
-
-            show(torch.from_numpy(np.array(image)).permute(2, 0, 1))  # (3, H, W)
+    if "text" in values:
+        _show_text(**values)
         return True
-    from tqdm.auto import tqdm
+    import numpy as np
+    from PIL import Image
 
-    number = values["bar"]
-    if number not in bars:
-        bars[number] = tqdm(**{name: values[name] for name in ("total", "initial", "unit", "desc")})
-    bars[number].n, bars[number].postfix = values["n"], values["postfix"]
-    bars[number].refresh()
-    if values["closed"]:
-        bars.pop(number).close()
+    with Image.open(path := values.pop("image")) as file:
+        image = file.convert("RGB")
+    Path(path).unlink()
+    if show is None or values["slot"] is not None:
+        _display(image, **values)
+    else:
+        import torch
+
+        show(torch.from_numpy(np.array(image)).permute(2, 0, 1))  # (3, H, W)
     return True
 
 
@@ -188,25 +189,9 @@ def bars_into_cell() -> None:
             super().__init__(*arguments, **named | {"disable": bool(named.get("disable"))})
 
         def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-            self._show(msg)
-            return True
-
-        def close(self) -> None:
-            shows = not self.disable
-            super().close()  # which displays it once more
-            if shows and for_a_cell():
-                self._show(closed=True)
-
-        def _show(self, msg: str | None = None, closed: bool = False) -> None:
-            if for_a_cell():
-                shown = {name: getattr(self, name) for name in ("n", "total", "initial", "unit", "desc", "postfix")}
-                send_record(bar=id(self), closed=closed, **shown)
-                return
-            from IPython.display import display
-
-            text = {"text/plain": str(self) if msg is None else msg}
-            display(text, raw=True, display_id=self._slot, update=self._shown)
+            _show_text(str(self) if msg is None else msg, self._slot, self._shown)
             self._shown = True
+            return True
 
     tqdm.auto.tqdm = CellBar
 

@@ -5,6 +5,7 @@ processes: too long for those that hang because another one died, perhaps too sh
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -133,7 +134,7 @@ class Cell:
 
     def __init__(self, output: IO[bytes], show: Callable[[Any], None] | None) -> None:
         os.set_blocking(output.fileno(), False)
-        self.show, self.last, self.bars = show, deque(maxlen=50), {}
+        self.show, self.last = show, deque(maxlen=50)
         self._output, self._unread = output, b""
 
     def update(self, ended: bool = False) -> None:
@@ -141,7 +142,7 @@ class Cell:
         while b"\n" in self._unread or (ended and self._unread):
             line, _, self._unread = self._unread.partition(b"\n")
             text = line.decode(errors="replace")
-            if not show_record(text, self.bars, self.show):
+            if not show_record(text, self.show):
                 self.last.append(text.rstrip())
                 print(text, flush=True)
 
@@ -208,13 +209,9 @@ def _passing_on_sigterm(ranks: Sequence[Rank]) -> Iterator[None]:
 
 def _raise_fault(failed: Sequence[Rank], ranks: Sequence[Rank], stopped: bool, cell: Cell | None) -> None:
     """Raise what the first one raised: one that was killed, or else the first of all by its clock."""
-
-    def failed_at(rank: Rank) -> float:
-        return rank.fault["at"] if rank.fault else float("inf")
-
     # these two signals follow from another one's fault, whose process may have ended after them
     killed = [rank for rank in failed if rank.process.returncode < 0 and -rank.process.returncode not in DRAWN_ALONG]
-    first = min(killed or [*failed, *ranks], key=failed_at)
+    first = min(killed or [*failed, *ranks], key=lambda rank: rank.fault["at"] if rank.fault else math.inf)
     status, fault, who = first.process.returncode, first.fault, f"process {first.number + 1} of {len(ranks)}"
     if stopped and status in (130, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt

@@ -252,10 +252,7 @@ def discriminator_accuracy(real: Tensor, made: Tensor) -> Tensor:
 class VAVAEModule(AutoencoderModule):
     """Trains a VAVAE; `recipes.vavae.LOSSES` holds sets of these numbers, of which others are `AutoencoderModule`'s.
 
-    Args:
-        condition_dropout: share of images that are trained without their vector, so that none has a meaning, too.
-        freeze_encoder: train the decoder alone.
-        foundation: for `vf_weight`; see `foundation.load_foundation`.
+    `foundation` is for `vf_weight`; see `foundation.load_foundation`.
     """
 
     def __init__(
@@ -329,9 +326,7 @@ class RAEDecoderModule(AutoencoderModule):
     paper's stands on DINO weights that cannot be shipped, and sees whole images without augmentation or rounding; and
     images are not cropped, so that the frozen encoder sees each once.
 
-    Args:
-        ema_decay: of the decoder's averaged weights, which are validated and saved.
-        flips: mirror half of the images.
+    What is validated and saved are the decoder's averaged weights.
     """
 
     def __init__(

@@ -81,14 +81,14 @@ def trainer_settings(
 ) -> dict[str, Any]:
     """Return the arguments for `lightning.Trainer` on this machine, and on those that work together with it.
 
+    Those that are not here are of `config.TrainConfig`, or further ones of `lightning.Trainer`.
+
     Args:
         devices: how many, or "auto" for all there are; torchrun decides that itself, and nodes too.
         strategy: one of `STRATEGIES`, or an object of Lightning's; "auto" takes "ddp" on more than one device.
-        precision: "16", "32", "bf16"; None: fp16 with a scaler on a T4, bf16 from Ampere on, float32 on a CPU.
         parts_may_go_unused: some weights may get no gradient in a step, which plain ddp refuses.
         gradient_clip_val: largest norm of the gradients; None where the module clips.
         shardable: whether the module can be cut over devices: one optimiser, and `configure_model` knows how.
-        lightning: further arguments of `lightning.Trainer`, such as accumulate_grad_batches.
     """
     started = started_already()
     if started:

@@ -46,9 +46,6 @@ class EMA(nn.Module):
         return super().train(False)  # the average is never trained, whatever the module around it does
 
 
-DECAYS = ("cosine", "linear", "constant")
-
-
 def with_warmup(
     optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: float, decay: str = "cosine"
 ) -> dict[str, Any]:
@@ -57,7 +54,7 @@ def with_warmup(
     Warm-up is linear and takes at most a tenth of all steps; then the rate decays to zero along half a "cosine" or
     "linear", or stays ("constant", or without an end: `total_steps` of inf).
     """
-    check_known("schedule", decay, DECAYS)
+    check_known("schedule", decay, ("cosine", "linear", "constant"))
     warmup_steps = min(warmup_steps, total_steps / 10)
 
     def factor(step: int) -> float:
