@@ -43,6 +43,7 @@ from vavae_tools.data.latents import _Encoder
 from vavae_tools.diffusion.clip import TextStates
 from vavae_tools.diffusion.conditioning import ClassConditioner, TextConditioner
 from vavae_tools.diffusion.dit import TextDiT, make_denoiser
+from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.diffusion.objectives import make_objective
 from vavae_tools.diffusion.solvers import make_solver
 from vavae_tools.evaluation.classifier import train_classifier
@@ -50,7 +51,7 @@ from vavae_tools.evaluation.metrics import aligned
 from vavae_tools.pipelines.classes import LatentDiTPipeline
 from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.recipes.config import compose, read_command_line
-from vavae_tools.recipes.presets import Preset, find_preset
+from vavae_tools.recipes.presets import Preset, find_preset, going_on
 from vavae_tools.recipes.vavae import LOSSES, _needs_checkpointing
 from vavae_tools.runtime.machine import Computing, Machine, for_inference, on_device
 from vavae_tools.training.autoencoder_module import RAEDecoderModule, VAVAEModule
@@ -537,6 +538,9 @@ def dit(card: Any, case: Case) -> str:
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
 
+    if case.preset.dit_init:
+        add_lora(denoiser, case.preset.dit_init["lora_rank"])
+
     def make(network: nn.ModuleDict) -> Tensor:  # as in `runs.train_dit`
         pipe = pipeline(case, network["denoiser"], network["conditioner"], vae.to("cuda"))
         noise = pipe.noise(0, torch.arange(64))
@@ -549,6 +553,12 @@ def dit(card: Any, case: Case) -> str:
     }
     fit(card, case, DiffusionModule(denoiser, conditioner), batch, SamplePreviews(make, 8, ".", [1]))
     return said_of(batch_size, checkpointing)
+
+
+def lightningdit(card: Any, case: Case) -> str:
+    """Low-rank additions to the published XL."""
+    xl = {"size": "XL", "patch_size": 1}
+    return dit(card, replace(case, preset=going_on(case.preset, xl, {"lora_rank": 16}, case.machine)))
 
 
 def sampling(card: Any, case: Case) -> str:
@@ -639,12 +649,13 @@ STAGES: dict[str, Callable[[Any, Case], str]] = {
     "vavae_full": lambda card, case: fine_tuning(card, case, "full"),
     "encoding": encoding,
     "dit": dit,
+    "lightningdit": lightningdit,
     "sampling": sampling,
     "evaluation": evaluation,
     "rae_decoder": rae_decoder,
     "text_to_image": text_to_image,
 }
-LAUNCHED = ("vavae_light", "vavae_full", "dit", "rae_decoder", "text_to_image")
+LAUNCHED = ("vavae_light", "vavae_full", "dit", "lightningdit", "rae_decoder", "text_to_image")
 """Where there are several cards these run in processes of their own, beside the notebook's, which has a context too."""
 
 

@@ -142,6 +142,11 @@ CARDS = {
 ROOMY = ("A100", "H100")
 
 
+@pytest.fixture(autouse=True)
+def with_peft(monkeypatch):
+    monkeypatch.setattr(presets, "find_spec", lambda name: name == "peft")
+
+
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory) -> AttachedWeights:
     root = tmp_path_factory.mktemp("input")
@@ -194,13 +199,15 @@ def test_without_a_card_or_images_they_are_not_used(everything, split_dir):
         )
 
 
-def test_later_stages_follow_the_vavae_that_was_made(everything, tmp_path):
+def test_later_stages_follow_the_vavae_that_was_made(everything, tmp_path, monkeypatch):
     small = tiny_vavae(sample_size=128)
     small.save_pretrained(tmp_path)
     lines = []
     preset = find_preset(None, everything, tmp_path, CARDS["T4"], lines.append)
     assert (preset.image_size, preset.dit["patch_size"], preset.dit_init) == (128, 4, None)  # latents of 64 × 64
     assert lines == ["DiT: starts anew (LightningDiT's latents are others, or peft is not installed)"]
+    monkeypatch.setattr(presets, "find_spec", lambda name: None)
+    assert find_preset(None, everything, machine=CARDS["T4"]).dit_init is None
     assert find_preset(vavae="f16d32", machine=CARDS["T4"]).original_vavae is None
 
 
@@ -229,6 +236,7 @@ def test_notebooks_and_commands_take_one_preset(everything, machine, attached, m
 
 def test_commands_go_on_from_what_is_attached(gait, tmp_path, monkeypatch, capsys):
     """With a tiny VA-VAE and LightningDiT in the published form, on a CPU that is taken for a card."""
+    pytest.importorskip("peft")
     monkeypatch.setattr(presets, "find_machine", lambda: CARDS["A100"])
     monkeypatch.setattr(presets, "is_simulated", lambda split: False)
     monkeypatch.setenv("VAVAE_INPUT", str(tmp_path / "input"))

@@ -79,3 +79,12 @@ def test_a_verdict_counts_contexts_and_other_processes():
     cases = ((13.49, 0.5), (13.51, 0.5), (13.49, 0.6), (14.1, 0.0))
     said = [verdict(int(reserved * gib), int(others * gib), int(14.56 * gib)) for reserved, others in cases]
     assert said == ["fits", "tight", "does not fit", "does not fit"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_attached_weights_the_vavae_takes_an_eighth_of_a_t4():
+    machine = MACHINES["T4x2"]
+    with simulated(machine) as card:
+        STAGES["vavae_light"](card, Case(machine, find_preset(machine=machine), True, {}))
+    assert [phase for phase, _, _ in card.marks] == ["training", "validation", "previews"]
+    assert all(reserved < machine.memory / 8 for _, _, reserved in card.marks)

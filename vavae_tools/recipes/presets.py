@@ -107,7 +107,8 @@ def find_preset(
     preset = replace(preset, dit={**preset.dit, "patch_size": patch_size})
     fits = start != "f16d32" and config["latent_channels"] == PUBLISHED["latent_channels"]
     if there.denoiser and fits and find_spec("peft"):
-        preset = replace(preset, **_going_on(there.denoiser, machine))
+        start = {"weights": str(there.denoiser), "lora_rank": 16}
+        preset = going_on(preset, told_arguments(read_starting_weights(there.denoiser)), start, machine)
     if weights is not None:
         for line in _outlook(preset, weights, there, vavae is None, walkers):
             log(line)
@@ -139,15 +140,10 @@ def _of_card(machine: Machine, preset: Preset) -> dict[str, Any]:
     return {**numbers, **of_dit}
 
 
-def _going_on(denoiser: Path, machine: Machine) -> dict[str, Any]:
-    """Return what trains low-rank additions to published weights: of XL, 0.7 GB an image beside 4 of weights."""
-    return {
-        "dit": told_arguments(read_starting_weights(denoiser)),
-        "dit_init": {"weights": str(denoiser), "lora_rank": 16},
-        "dit_steps": 10_000,
-        "dit_batch_size": 32 if machine.memory > 36e9 else 8,
-        "ema_decay": 0.999,
-    }
+def going_on(preset: Preset, dit: dict[str, Any], start: dict[str, Any], machine: Machine) -> Preset:
+    """Return the preset with a denoiser that learns low-rank additions to what it starts from, as large as XL."""
+    numbers = {"dit_steps": 10_000, "dit_batch_size": 32 if machine.memory > 36e9 else 8, "ema_decay": 0.999}
+    return replace(preset, dit=dit, dit_init=start, **numbers)
 
 
 def _outlook(
