@@ -48,7 +48,7 @@ def find_attached_weights(place: ProjectPaths | None = None, log: Callable[[str]
         try:
             kinds = dict(_kinds(path))
         except UserError as error:
-            passed.append(f"{path} ({one_line(reason_of(error, path))})")
+            passed.append(f"{path} ({one_line(reason_of(error, path), 300)})")
             continue
         if kinds and kinds.keys() <= found.keys():
             passed.append(f"{path} (older)")
