@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from test_vavae_training import Colours
-from tiny import same, tiny_vavae
+from tiny import refuses, same, tiny_vavae
 from torch.utils.data import DataLoader
 
 from vavae_tools.data.datasets import ImageDataModule, image_data
@@ -232,5 +232,4 @@ def test_a_run_from_when_an_rae_had_a_data_module_of_its_own_goes_on(tmp_path, d
     if data_then == FORMER:
         assert fit(tmp_path / "former.ckpt") == whole[5:]
     else:
-        with pytest.raises(UserError, match="the data are others"):
-            fit(tmp_path / "former.ckpt")
+        refuses("the data are others", fit, tmp_path / "former.ckpt")

@@ -1,6 +1,5 @@
 """From session to session: Kaggle's real client against a server on this machine, and folders as Kaggle mounts them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -252,13 +251,15 @@ def test_names_that_kaggle_does_not_take(tmp_path, kaggle, name):
 
 def test_nothing_to_push_and_a_damaged_checkpoint(tmp_path, kaggle):
     (tmp_path / "empty").mkdir()
-    refuses(r"Nothing to push in .*empty", push_session, tmp_path / "empty", RUN)
-    refuses("No such folder: nowhere", push_session, "nowhere", RUN)
-    refuses("a version is made, not chosen", push_session, tmp_path / "empty", RUN + "/2")
     last = outputs(tmp_path / "work") / "vavae/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"work/vavae/checkpoints/last\.ckpt is damaged"):
-        push_session(tmp_path / "work", RUN, log=lambda line: None)
+    for work, name, words in (
+        ("empty", RUN, r"Nothing to push in .*empty"),
+        ("nowhere", RUN, "No such folder: nowhere"),
+        ("empty", RUN + "/2", "a version is made, not chosen"),
+        ("work", RUN, r"work/vavae/checkpoints/last\.ckpt is damaged"),
+    ):
+        refuses(words, push_session, work, name, log=lambda line: None)
     assert kaggle.requests == []
 
 
@@ -338,18 +339,22 @@ def test_what_is_damaged_is_not_put_in_place(tmp_path, attached, part):
 
 @pytest.mark.parametrize("path", ["../evil.ckpt", "/tmp/evil.ckpt", "a/../../evil.ckpt"])
 def test_a_manifest_cannot_write_elsewhere(tmp_path, attached, path):
-    folder = attached / "datasets/me/gait-run"
-    (old,) = folder.glob("session-*.json")
+    (old,) = attached.glob("datasets/me/gait-run/session-*.json")
     manifest = json.loads(old.read_text())
     old.unlink()
     manifest["files"][path] = manifest["files"].pop("vavae/checkpoints/last.ckpt")
-    content = json.dumps(manifest).encode()
-    (folder / f"session-{hashlib.sha256(content).hexdigest()[:12]}.json").write_bytes(content)
-    with pytest.raises(UserError, match="its manifest cannot be read"):
-        pull_session(tmp_path / "deep/work", None, [attached], log=lambda line: None)
+    sessions.write_manifest(old.parent, manifest)
+    refuses("its manifest cannot be read", pull_session, tmp_path / "deep/work", None, [attached])
 
 
 # ---- kernels
+
+
+def by_the_client(*words: str) -> str:
+    call = [sys.executable, "-m", "kaggle", *words]
+    done = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_client_pushes_the_kernel_that_is_written(kaggle, run_main):
@@ -357,10 +362,8 @@ def test_the_client_pushes_the_kernel_that_is_written(kaggle, run_main):
     arguments = ["kernel", "--notebook", notebook, "--dataset", "me/vavae-tools", RUN, "--output_dir", "kernel"]
     status, out, _ = run_main(main, *arguments)
     assert status == 0 and "next: kaggle kernels push -p kernel" in out
-    call = [sys.executable, "-m", "kaggle", "kernels", "push", "-p", "kernel"]
-    done = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
-    assert done.returncode == 0 and "successfully pushed" in done.stdout, done.stdout + done.stderr
-    assert "does not resolve" not in done.stdout
+    pushed = by_the_client("kernels", "push", "-p", "kernel")
+    assert "successfully pushed" in pushed and "does not resolve" not in pushed
     (sent,) = kaggle.asked("SaveKernel")
     assert sent["slug"] == "me/02-vavae-fine-tuning" and sent["newTitle"] == "02 vavae fine tuning"
     assert sent["machineShape"] == "NvidiaTeslaT4" and sent["enableGpu"] is True and sent["isPrivate"] is True
@@ -374,9 +377,7 @@ def test_the_client_makes_a_dataset_of_the_wheels(kaggle, run_main, tmp_path, mo
     status, out, _ = run_main(main, "wheels", "--dataset", "me/vavae-tools")
     words = out.partition("next: kaggle ")[2].partition(" (later")[0].split()
     assert status == 0 and words == ["datasets", "create", "-p", "outputs/wheels", "-r", "zip"]
-    call = [sys.executable, "-m", "kaggle", *words]
-    done = subprocess.run(call, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
-    assert done.returncode == 0 and "private Dataset is being created" in done.stdout, done.stdout + done.stderr
+    assert "private Dataset is being created" in by_the_client(*words)
     (sent,) = kaggle.asked("CreateDataset")
     assert (sent["ownerSlug"], sent["slug"], sent["isPrivate"]) == ("me", "vavae-tools", True)
     names = {sent["name"] for sent in kaggle.asked("StartBlobUpload")}

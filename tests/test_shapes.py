@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
+from tiny import refuses
 from torch import Tensor
 
 from vavae_tools.data.demo import shapes
 from vavae_tools.data.demo.shapes import CaptionedShapes, Named, ShapeImages, caption_accuracy, named, seen, shape_data
 from vavae_tools.data.images import ImageSetDataModule
-from vavae_tools.runtime.errors import UserError
 
 DRAWN = CaptionedShapes(1000)
 FULL = [captions[0] for captions in DRAWN.captions]
@@ -172,5 +172,4 @@ def test_shapes_as_a_data_module():
     ({"val_share": 1.5}, "val_share 1.5"),
 ])  # fmt: skip
 def test_shapes_that_cannot_be(options, message):
-    with pytest.raises(UserError, match=message):
-        shape_data(**options)
+    refuses(message, shape_data, **options)
