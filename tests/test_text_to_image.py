@@ -124,6 +124,13 @@ def test_a_file_that_cannot_be_is_one_line(fault, here):
     assert not list(here.rglob("run/latents"))  # before anything takes time
 
 
+def test_another_vae_than_the_runs_is_refused_before_it_encodes(trained, here, fault):
+    tiny_kl(seed=1).save_pretrained("vae")
+    words = [*SHAPES, "vae.name=vae", "output_dir=other", f"resume={trained}/checkpoints/last.ckpt"]
+    assert "other settings: the data are others. Go on with" in fault(train.main, *words, "training.max_steps=10")
+    assert not list(here.rglob("*.safetensors.partial")) and not list(here.rglob("train-00000.safetensors"))
+
+
 # ---- going on
 
 

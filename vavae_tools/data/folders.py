@@ -180,9 +180,7 @@ def is_passed_over(name: str) -> bool:
     return name.startswith(".") or small in OF_PROGRAMS or _THUMBNAILS.fullmatch(small) is not None
 
 
-def image_entries(
-    folder: str | Path, extensions: Collection[str], passed: list[str] | None = None
-) -> list[os.DirEntry]:
+def image_entries(folder: str | Path, extensions: Collection[str], passed: list | None = None) -> list[os.DirEntry]:
     """Return the files with these extensions in natural order; a link that leads nowhere is among them.
 
     Where these are somebody's own, `passed` gets the paths of thumbnails of others among them, which are left out.

@@ -22,8 +22,6 @@ UNCOMPARED_SETTINGS = ("vavae_config", "denoiser_config", "conditioner_config", 
 """Hyper-parameters that a difference in is told elsewhere, or changes no number."""
 
 NOT_ALWAYS_RECORDED = ("accumulate_grad_batches", "gradient_clip")
-
-
 _OTHER_DATA = "the data are others"
 
 
