@@ -289,7 +289,7 @@ def test_models_that_are_not_there_are_one_line(own, here, fault, no_network):
         "vae.name=null": "vae.name is missing: name a folder of diffusers",
         "text_encoder.name=clip": "clip holds a text encoder without a tokenizer",
         "text_encoder.name=./nowhere": "No folder nowhere of a text encoder",
-        "vae.name=kl": "The StableDiffusionVAE in kl cannot be loaded",
+        "vae.name=kl": "No weights in kl: expected model.safetensors",
         "data.image_size=18": "image_size 18×18: this VAE takes multiples of 4",
     }
     models = [f"text_encoder.name={own / 'clip'}", f"vae.name={own / 'kl'}", f"data.dataset_path={own / 'images'}"]
