@@ -11,6 +11,7 @@ def main() -> None:
     add("--output_dir", default="data_split", help="folder for train/, val/ and split_info.json")
     add("--train_ratio", type=float, default=0.8, help="share of each person's images to train on")
     add("--val_ratio", type=float, default=0.2, help="share of each person's images to validate on")
+    add("--test_ratio", type=float, default=0.0, help="share kept in test/ for the evaluation alone, taken from both")
     add("--image_extensions", default="png,jpg,jpeg", help="what images end in, in small or capital letters")
     add("--seed", type=int, default=0, help="the same seed and files give the same split")
     add("--link", choices=LINKS, default="copy", help="copy the images, or link to them")

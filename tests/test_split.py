@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -344,6 +345,63 @@ def test_subsets_are_no_persons(tmp_path, names):
     assert (data.train_data.folder.name, data.val_data.folder.name) == names and data.labels == {"ID_1": 0, "ID_2": 1}
 
 
+# ---- a test subset
+def test_a_test_subset_is_kept_from_both_and_names_nothing_else(tmp_path):
+    source = people(tmp_path / "in", 20, 20, 2)
+    report = run(source, tmp_path / "out", test_ratio=0.2)
+    assert report.totals == {"train": 27, "val": 6, "test": 9, "left_out": 0}
+    assert report.counts["ID_1"] == {"train": 13, "val": 3, "test": 4, "left_out": 0}
+    assert report.warnings == ["ID_3 has nothing in val: it has 2 images, all in train and test"]
+    assert "27 images to train, 6 to validate, 9 to test" in str(report) and " val  test  left out" in str(report)
+    info = json.loads((tmp_path / "out/split_info.json").read_text())
+    assert (info["train_ratio"], info["val_ratio"], info["test_ratio"]) == (0.64, 0.16, 0.2)
+    assert run(source, tmp_path / "out", test_ratio=0.2).already_there
+    refused(tmp_path, "it was made with test_ratio 0.2, now 0", source, tmp_path / "out")
+    data = ImageDataModule(tmp_path / "out", 16, progress=False)
+    assert [len(each) for each in (data.train_data, data.val_data, data.test_data)] == [27, 6, 9]
+    names = [set(each.names) for each in (data.train_data, data.val_data, data.test_data)]
+    assert not names[0] & names[1] and not names[2] & (names[0] | names[1])
+    known = data.fingerprint()
+    next((tmp_path / "out/test/ID_1").iterdir()).unlink()
+    assert ImageDataModule(tmp_path / "out", 16, progress=False).fingerprint() == known  # it is of what trains
+
+
+def test_one_recording_is_in_one_of_three_subsets(tmp_path):
+    source = tmp_path / "in" / "ID_1"
+    source.mkdir(parents=True)
+    for i in range(40):
+        (source / f"rec{i // 4}_{i % 4}.png").write_bytes(image(i))
+    run(tmp_path / "in", tmp_path / "out", test_ratio=0.3, group_pattern="(rec[0-9]+)_")
+    where = {}
+    for path in (tmp_path / "out").glob("*/*/*.png"):
+        where.setdefault(path.name.partition("_")[0], set()).add(path.parts[-3])
+    assert len(where) == 10 and all(len(subset) == 1 for subset in where.values())
+    assert sorted(subset for each in where.values() for subset in each).count("test") == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "warns"),
+    [
+        (["walk1_{}", "walk2_{}"], True),
+        (["2024-05-01 a-{}", "2024-05-02 a-{}"], True),
+        (["walk_{}"], False),
+        (["{}"], False),
+        (["p{}", "q{}"], False),
+    ],
+)
+def test_names_that_look_like_recordings_are_pointed_at(tmp_path, names, warns):
+    for person in (1, 2):
+        (tmp_path / f"in/ID_{person}").mkdir(parents=True)
+        for j, name in enumerate(names):
+            for i in range(3):
+                (tmp_path / f"in/ID_{person}" / f"{name.format(i)}.png").write_bytes(image(100 * person + 10 * j + i))
+    (found,) = run(tmp_path / "in", tmp_path / "out").warnings or [""]
+    assert ("may be parts of one recording" in found) == warns
+    if warns:
+        pattern = shlex.split(found)[-1]
+        assert not run(tmp_path / "in", tmp_path / "groups", group_pattern=pattern).warnings[1:]
+
+
 # ---- links
 @pytest.mark.parametrize("check", ["decode", "contents"])
 @pytest.mark.parametrize("link", ["hard", "symbolic"])
@@ -394,7 +452,12 @@ def test_folders_that_are_none_and_what_to_try_instead(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"train_ratio": 0.7, "val_ratio": 0.2}, "--train_ratio 0.7 and --val_ratio 0.2: expected two numbers"),
+        ({"train_ratio": 0.7, "val_ratio": 0.2}, "--train_ratio 0.7 and --val_ratio 0.2: expected numbers"),
+        ({"test_ratio": 1}, "--test_ratio 1: expected a share from 0 to below 1"),
+        (
+            {"train_ratio": 0.6, "test_ratio": 0.1},
+            "--train_ratio 0.6 and --val_ratio 0.2 and --test_ratio 0.1: expected",
+        ),
         ({"train_ratio": 1.2, "val_ratio": -0.2}, "--train_ratio 1.2"),
         ({"extensions": "png,xyz"}, "Pillow reads no xyz images"),
         ({"extensions": " ,"}, "--image_extensions"),

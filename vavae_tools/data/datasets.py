@@ -29,7 +29,7 @@ class ImageDataModule(ImageSetDataModule):
 
     - a folder per class, with any names, which owns the images at any depth in it;
     - such folders in `train/`, and in `validation/ valid/ val/ dev/ test/` (the first one there) what validates, also
-      as `Training/`, `test_set/` and the like (`folders.subset_named`);
+      as `Training/`, `test_set/` and the like (`folders.subset_named`); `test/` beside another one is `test_data`;
     - a split of `data_split.py`, whose labels are kept;
     - a dataset of Hugging Face's `datasets`, as `save_to_disk` writes it, alone or with the same subsets.
 
@@ -73,12 +73,14 @@ class ImageDataModule(ImageSetDataModule):
             val_share = 0 if is_split else 0.05
         options = {"image_size": image_size, "crop": crop or ("none" if is_split else "adm"), "progress": progress}
         labels, train, *others = _read_subsets(data_dir, use_hf_dataset, train_split, options)
-        set_white(train, *others)
+        set_white(train, *others[:1])
         for subset in (train, *others):
             subset.channels = channels = channels or train.stored_channels()
+            subset.white = train.white
         own = others and share in (None, 1)
-        subsets = (train, *others) if own else hold_out(train, val_share, seed)
+        subsets = (train, others[0]) if own else hold_out(train, val_share, seed)
         super().__init__(*subsets, labels, batch_size, num_workers, seed)
+        self.test_data = others[1] if others[1:] else None
         self.notes = [note for subset in (train, *others) for note in subset.notes]
         self.notes += _in_both(*subsets) if own and not is_split else []
 
@@ -100,7 +102,7 @@ def class_data(
 
 
 def _read_subsets(data_dir: Path, use_hf_dataset: bool | None, train_split: str, options: dict[str, Any]) -> tuple:
-    """Return class name → label, the subset that trains and, where it is there, the one that validates."""
+    """Return class name → label, the subset that trains and, where they are there, those that validate and test."""
     if not data_dir.is_dir():
         refuse_shards(data_dir)
         raise UserError(no_such_folder(data_dir))
@@ -206,12 +208,12 @@ def _read_folders(data_dir: Path, train_split: str, options: dict[str, Any]) -> 
 
 
 def _subset_folders(data_dir: Path, train_split: str, is_split: bool, extensions: Collection[str]) -> list[Path]:
-    """Return the folder that trains and, if there is one, the one that validates; they hold a folder per class."""
+    """Return the folder that trains and, if they are there, those that validate and test, with a folder per class."""
     people = folders.person_folders(data_dir)
     names = folders.choose_subset_names(people, train_split)
     holding = [data_dir / name for name in names if folders.person_folders(data_dir / name)]
     if holding and holding[0].name == names[0]:
-        return holding[:2]
+        return holding[:2] + [folder for folder in holding[2:] if folders.subset_named(folder.name) == "test"][:1]
     if train_split != "train" or is_split:
         found = f"No folders of images in {data_dir / train_split}; {data_dir} holds {contents(data_dir)}"
         raise UserError(f"{found}: train_split is one of them, or a share such as 0.95")

@@ -356,7 +356,7 @@ class ImageSetDataModule(OrderedDataModule):
         return self.train_data.channels
 
     def resize(self, image_size: int | Size) -> None:
-        for subset in self._subsets():
+        for subset in self._subsets() + ([] if self.test_data is None else [self.test_data]):
             subset.resize(image_size)
         self._find_workers()
 

@@ -1,4 +1,4 @@
-"""Image folders, one per person → train/, val/ and split_info.json, without an image in both subsets.
+"""Image folders, one per person → train/, val/, test/ and split_info.json, without an image in two of them.
 
 A hash of the seed and its name puts each person's images in an order, and the first ones validate: an image more moves
 few others. The images of one recording stay together, and files with the same content, even under two persons.
@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import warnings
@@ -35,13 +36,24 @@ CHECKS = ("decode", "contents")
 
 
 def choose_subsets(
-    images: Sequence[ImageEntry], val_ratio: float, seed: int, recording_of: RecordingOf = lambda image: None
+    images: Sequence[ImageEntry],
+    val_ratio: float,
+    seed: int | str,
+    recording_of: RecordingOf = lambda image: None,
+    test_ratio: float = 0,
 ) -> dict[str, str]:
     """Return the subset of each image by its key.
+
+    The test subset is taken first, as val is from what is then left.
 
     Val's share of a person comes as near to `val_ratio` as whole units allow. A person with two units or more has at
     least one in each subset; a single unit goes to train.
     """
+    if test_ratio:
+        of_test = choose_subsets(images, test_ratio, f"{seed}/test", recording_of)
+        rest = [image for image in images if of_test[image.key] != "val"]
+        of_rest = choose_subsets(rest, val_ratio / (1 - test_ratio), seed, recording_of)
+        return {image.key: of_rest.get(image.key, "test") for image in images}
     units = _units(images, recording_of)
     units_of = defaultdict(list)
     for unit in units:
@@ -103,6 +115,7 @@ def _balance_person(person: str, units_of: dict[str, list[list[ImageEntry]]], in
 
 def _recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: list[str]) -> RecordingOf:
     if group_pattern is None:
+        notes += _look_like_recordings(images)
         return lambda image: None
     flag = f"--group_pattern {group_pattern!r}"
     try:
@@ -124,6 +137,24 @@ def _recordings(group_pattern: str | None, images: Sequence[ImageEntry], notes: 
     return recording_of
 
 
+_RUNNING = r"^(.+?)[-_ .]+[0-9]+\.[^.]+$"  # recording_017.png
+
+
+def _look_like_recordings(images: Sequence[ImageEntry]) -> list[str]:
+    """Return a line where most persons have several names with running numbers, of three images each or more."""
+    series = defaultdict(lambda: defaultdict(list))
+    for image in images:
+        if match := re.search(_RUNNING, image.name):
+            series[image.person][match[1]].append(image.name)
+    several = [found for found in series.values() if len(found) > 1 and min(map(len, found.values())) > 2]
+    if not several or len(several) < len({image.person for image in images}) / 2:
+        return []
+    (first, names), (second, _) = sorted(several[0].items())[:2]
+    found = f"names such as {names[0]} and {names[1]} may be parts of one recording, {first} (another is {second})"
+    why = "what validates would be all but known. If they are, keep them together with"
+    return [f"{found}: {why} --group_pattern {shlex.quote(_RUNNING)}"]
+
+
 def split_folders(
     input_dir: str | Path,
     output_dir: str | Path,
@@ -137,23 +168,31 @@ def split_folders(
     workers: int | None = None,
     progress: bool | None = True,
     check: str = "decode",
+    test_ratio: float = 0.0,
 ) -> SplitReport:
     """Split the person folders in `input_dir` into `output_dir`/train and `output_dir`/val.
 
     Args:
+        test_ratio: share of each person's images for `output_dir`/test, which nothing trains on or is chosen by; by
+            default there is none. Where train_ratio and val_ratio add up to 1 without it, both become smaller.
         link: "copy", "hard" (on one disk; writing into such a file writes into the input's) or "symbolic".
         group_pattern: searched for in the files' names; its first group names the recording.
         overwrite: replace a different split in `output_dir`, once the new one is whole.
         progress: None shows a bar on a terminal only.
         check: "decode" every image once, or compare "contents" only, which passes over broken images.
     """
-    if min(train_ratio, val_ratio) <= 0 or not abs(train_ratio + val_ratio - 1) <= 1e-6:
+    if not 0 <= test_ratio < 1:
+        raise UserError(f"--test_ratio {test_ratio:g}: expected a share from 0 to below 1, such as 0.2")
+    if test_ratio and abs(train_ratio + val_ratio - 1) <= 1e-6:
+        train_ratio, val_ratio = (round(ratio * (1 - test_ratio), 9) for ratio in (train_ratio, val_ratio))
+    if min(train_ratio, val_ratio) <= 0 or not abs(train_ratio + val_ratio + test_ratio - 1) <= 1e-6:
         found = f"--train_ratio {train_ratio:g} and --val_ratio {val_ratio:g}"
-        raise UserError(f"{found}: expected two numbers above 0 that add up to 1, such as 0.8 and 0.2")
+        found += f" and --test_ratio {test_ratio:g}" if test_ratio else ""
+        raise UserError(f"{found}: expected numbers above 0 that add up to 1, such as 0.8 and 0.2")
     for flag, value, choices in (("link", link, LINKS), ("check", check, CHECKS)):
         if value not in choices:
             raise UserError(f"--{flag} {value} is none of {', '.join(choices)}.")
-    asked = {"seed": seed, "train_ratio": train_ratio, "val_ratio": val_ratio}
+    asked = {"seed": seed, "test_ratio": test_ratio, "train_ratio": train_ratio, "val_ratio": val_ratio}
     asked |= {"image_extensions": _checked_extensions(extensions), "group_pattern": group_pattern}
     asked |= {"link": link, "check": check}
     source, target = in_home(input_dir).absolute(), in_home(output_dir).resolve()
@@ -219,8 +258,9 @@ class _Split:
         """Copy or link each image to where it belongs in one pass; move those that broken ones and copies displace."""
         planned = self._subsets(with_faults=True)
         persons = {image.person for image in self.images}
-        homes = [partial / subset / person for subset in SUBSETS for person in persons]
-        for home in homes:  # every person is in both, so that listing either gives the same labels
+        subsets = SUBSETS if self.settings["test_ratio"] else SUBSETS[:2]
+        homes = [partial / subset / person for subset in subsets for person in persons]
+        for home in homes:  # every person is in all, so that listing either gives the same labels
             home.mkdir(parents=True)
 
         def write(image: ImageEntry, data: bytes) -> None:
@@ -254,8 +294,9 @@ class _Split:
     def difference_from(self, old: dict, missing: list[str]) -> str | None:
         """Return how this split differs from an existing one, of which files may be missing; None if it does not."""
         for name, value in self.settings.items():
-            if old.get(name) != value:
-                was, now = (",".join(one) if isinstance(one, list) else one for one in (old.get(name), value))
+            before = old.get(name, 0 if name == "test_ratio" else None)  # an older split says nothing of it
+            if before != value:
+                was, now = (",".join(one) if isinstance(one, list) else one for one in (before, value))
                 return f"it was made with {name} {was}, now {now}"
         then, faults, decode = old["files"], old["unreadable"], self.settings["check"] == "decode"
         known = {e["sha256"]: {"fault": faults.get(key, ""), "pixels": e.get("pixels")} for key, e in then.items()}
@@ -275,7 +316,8 @@ class _Split:
 
     def _subsets(self, with_faults: bool = False) -> dict[str, str]:
         images = [image for image in self.images if with_faults or not image.fault]
-        return choose_subsets(images, self.settings["val_ratio"], self.settings["seed"], self.recording_of)
+        ratios = {name: self.settings[name] for name in ("val_ratio", "test_ratio")}
+        return choose_subsets(images, seed=self.settings["seed"], recording_of=self.recording_of, **ratios)
 
     def _examine(self, write: Callable | None = None, known: dict[str, dict] | None = None) -> None:
         """Read each image once: hash, decode and, where asked, write the same bytes. `known` is by hash."""

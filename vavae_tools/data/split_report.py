@@ -11,7 +11,7 @@ from pathlib import Path
 from vavae_tools.data.folders import EXTENSIONS, count_of, labels_of, list_folders
 from vavae_tools.runtime.errors import UserError, join_first
 
-SUBSETS = ("train", "val")
+SUBSETS = ("train", "val", "test")
 INFO_NAME = "split_info.json"
 INFO_VERSION = 1
 LINES_SHOWN = 20
@@ -40,7 +40,7 @@ class SplitReport:
     """What a split holds. Printed, it is a table of persons, warnings, and what to do next."""
 
     output_dir: str
-    counts: dict[str, dict[str, int]]  # person → {"train": …, "val": …, "left_out": …}
+    counts: dict[str, dict[str, int]]  # person → {"train": …, "val": …, "left_out": …}, and "test" where there is one
     totals: dict[str, int]
     labels: dict[str, int]
     unreadable: dict[str, str]  # image → why it is left out
@@ -55,7 +55,7 @@ class SplitReport:
         return cls(output_dir=str(output_dir), already_there=already_there, **known)
 
     def __str__(self) -> str:
-        rows = [("person", "label", "train", "val", "left out")]
+        rows = [("person", "label", *(column.replace("_", " ") for column in self.totals))]
         for person, row in self.counts.items():
             rows.append((person, str(self.labels.get(person, "-")), *(f"{n:,}" for n in row.values())))
         rows.append(("total", "", *(f"{n:,}" for n in self.totals.values())))
@@ -70,6 +70,7 @@ class SplitReport:
             lines.append("sizes: " + join_first(f"{size} ({n:,})" for size, n in self.sizes.items()))
         done = "already there, left as it is" if self.already_there else "written"
         split = f"{self.totals['train']:,} images to train, {self.totals['val']:,} to validate"
+        split += f", {self.totals['test']:,} to test" if "test" in self.totals else ""
         lines.append(f"{done}: {split} ({self.output_dir}; every file's subset is in {INFO_NAME})")
         following = f"--data_dir {shlex.quote(self.output_dir)} --original_vavae small"
         lines.append(f"next: python minimal_training_modification.py {following}")
@@ -80,7 +81,8 @@ class SplitReport:
 
 def split_info(settings: dict, persons: Sequence[str], images: Sequence[ImageEntry], subsets: dict[str, str]) -> dict:
     """Return what split_info.json says about images that were looked at and given a subset."""
-    counts = {person: {"train": 0, "val": 0, "left_out": 0} for person in persons}
+    columns = (*(SUBSETS if settings["test_ratio"] else SUBSETS[:2]), "left_out")
+    counts = {person: dict.fromkeys(columns, 0) for person in persons}
     twins = defaultdict(list)
     for image in images:
         counts[image.person][subsets.get(image.key, "left_out")] += 1
@@ -93,7 +95,7 @@ def split_info(settings: dict, persons: Sequence[str], images: Sequence[ImageEnt
         **settings,
         "labels": labels_of({image.person for image in images if not image.fault}),
         "counts": counts,
-        "totals": {column: sum(row[column] for row in counts.values()) for column in (*SUBSETS, "left_out")},
+        "totals": {column: sum(row[column] for row in counts.values()) for column in columns},
         "warnings": _remarks(counts, duplicates) + _readings(images),
         "unreadable": {image.key: image.fault for image in images if image.fault},
         "duplicates": [[image.key for image in group] for group in duplicates],
@@ -111,18 +113,23 @@ def file_entries(images: Sequence[ImageEntry], subsets: dict[str, str]) -> dict[
 def _remarks(counts: dict[str, dict[str, int]], duplicates: list[list[ImageEntry]]) -> list[str]:
     """Return what a person should know before training on the split."""
     remarks = []
-    usable = [person for person, row in counts.items() if row["train"] + row["val"]]
+    used = {person: {subset: n for subset, n in row.items() if subset in SUBSETS} for person, row in counts.items()}
+    usable = [person for person, row in used.items() if any(row.values())]
     if len(usable) == 1:
         remarks.append(f"there is one person only ({usable[0]}): a classifier needs two")
     for person, row in counts.items():
         if person not in usable and row["left_out"]:
             remarks.append(f"{person} has no label: none of its images can be used ({row['left_out']:,} left out)")
-        elif row["train"] + row["val"] == 1:
-            remarks.append(f"{person} has one image: it is in train, and val has none")
-        elif person in usable and not (row["train"] and row["val"]):
-            subset, other = SUBSETS if row["train"] else reversed(SUBSETS)
-            why = f"its {count_of(row[subset], 'image')} are identical or of one recording, all in {subset}"
-            remarks.append(f"{person} has nothing in {other}: {why}")
+        elif person in usable and not all(used[person].values()):
+            there, missing = ([subset for subset, n in used[person].items() if bool(n) == has] for has in (True, False))
+            there, missing, count = " and ".join(there), " and ".join(missing), sum(used[person].values())
+            if count == 1:
+                remarks.append(f"{person} has one image: it is in {there}, and {missing} has none")
+                continue
+            number = count_of(count, "image")
+            why = f"it has {number}" if count < len(row) - 1 else f"its {number} are identical or of one recording"
+            why += f", all in {there}"
+            remarks.append(f"{person} has nothing in {missing}: {why}")
     shared = [group for group in duplicates if len({image.person for image in group}) > 1]
     if shared:
         names = join_first(" = ".join(image.key for image in group) for group in shared)
