@@ -366,6 +366,12 @@ def test_a_test_subset_is_kept_from_both_and_names_nothing_else(tmp_path):
     assert ImageDataModule(tmp_path / "out", 16, progress=False).fingerprint() == known  # it is of what trains
 
 
+@pytest.mark.parametrize(("fewest", "tested"), [(24, 0), (25, 5)])
+def test_a_notebooks_split_has_a_test_subset_where_there_are_images_enough(tmp_path, fewest, tested):
+    report = run(people(tmp_path / "in", fewest, 30), tmp_path / "out", test_ratio=None)
+    assert report.counts["ID_1"].get("test", 0) == tested and (tmp_path / "out/test").is_dir() == bool(tested)
+
+
 def test_one_recording_is_in_one_of_three_subsets(tmp_path):
     source = tmp_path / "in" / "ID_1"
     source.mkdir(parents=True)

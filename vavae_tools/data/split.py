@@ -33,6 +33,7 @@ from vavae_tools.runtime.errors import UserError, in_home, join_first, one_line
 RecordingOf = Callable[[ImageEntry], str | None]
 LINKS = ("copy", "hard", "symbolic")
 CHECKS = ("decode", "contents")
+TEST_RATIO, IMAGES_TO_TEST = 0.2, 25  # five each to test, and as many as before to train with 75 in place of 60
 
 
 def choose_subsets(
@@ -168,31 +169,24 @@ def split_folders(
     workers: int | None = None,
     progress: bool | None = True,
     check: str = "decode",
-    test_ratio: float = 0.0,
+    test_ratio: float | None = 0.0,
 ) -> SplitReport:
     """Split the person folders in `input_dir` into `output_dir`/train and `output_dir`/val.
 
     Args:
         test_ratio: share of each person's images for `output_dir`/test, which nothing trains on or is chosen by; by
-            default there is none. Where train_ratio and val_ratio add up to 1 without it, both become smaller.
+            default there is none; None: `TEST_RATIO` where each person has `IMAGES_TO_TEST`. Where train_ratio and
+            val_ratio add up to 1 without it, both become smaller.
         link: "copy", "hard" (on one disk; writing into such a file writes into the input's) or "symbolic".
         group_pattern: searched for in the files' names; its first group names the recording.
         overwrite: replace a different split in `output_dir`, once the new one is whole.
         progress: None shows a bar on a terminal only.
         check: "decode" every image once, or compare "contents" only, which passes over broken images.
     """
-    if not 0 <= test_ratio < 1:
-        raise UserError(f"--test_ratio {test_ratio:g}: expected a share from 0 to below 1, such as 0.2")
-    if test_ratio and abs(train_ratio + val_ratio - 1) <= 1e-6:
-        train_ratio, val_ratio = (round(ratio * (1 - test_ratio), 9) for ratio in (train_ratio, val_ratio))
-    if min(train_ratio, val_ratio) <= 0 or not abs(train_ratio + val_ratio + test_ratio - 1) <= 1e-6:
-        found = f"--train_ratio {train_ratio:g} and --val_ratio {val_ratio:g}"
-        found += f" and --test_ratio {test_ratio:g}" if test_ratio else ""
-        raise UserError(f"{found}: expected numbers above 0 that add up to 1, such as 0.8 and 0.2")
     for flag, value, choices in (("link", link, LINKS), ("check", check, CHECKS)):
         if value not in choices:
             raise UserError(f"--{flag} {value} is none of {', '.join(choices)}.")
-    asked = {"seed": seed, "test_ratio": test_ratio, "train_ratio": train_ratio, "val_ratio": val_ratio}
+    asked = {"seed": seed, **_ratios(train_ratio, val_ratio, test_ratio or 0)}
     asked |= {"image_extensions": _checked_extensions(extensions), "group_pattern": group_pattern}
     asked |= {"link": link, "check": check}
     source, target = in_home(input_dir).absolute(), in_home(output_dir).resolve()
@@ -205,6 +199,8 @@ def split_folders(
     others = _only_others(source) if asked["image_extensions"] == sorted(IMAGE_EXTENSIONS) else []
     asked["image_extensions"] = others or asked["image_extensions"]
     images, notes = _find_images(source, asked["image_extensions"])
+    if test_ratio is None and min(Counter(image.person for image in images).values()) >= IMAGES_TO_TEST:
+        asked |= _ratios(train_ratio, val_ratio, TEST_RATIO)
     if others:
         absent = f"there is no {either(IMAGE_EXTENSIONS)} image"
         notes.append(f"{absent}: those that end in {join_first(others, 9)} are taken")
@@ -222,6 +218,18 @@ def split_folders(
                 hint = "Choose another --output_dir, or add --overwrite to replace it."
                 raise UserError(f"{target} holds a different split: {difference}. {hint}")
         return SplitReport.of(split.make(notes), target)
+
+
+def _ratios(train_ratio: float, val_ratio: float, test_ratio: float) -> dict[str, float]:
+    if not 0 <= test_ratio < 1:
+        raise UserError(f"--test_ratio {test_ratio:g}: expected a share from 0 to below 1, such as 0.2")
+    if test_ratio and abs(train_ratio + val_ratio - 1) <= 1e-6:
+        train_ratio, val_ratio = (round(ratio * (1 - test_ratio), 9) for ratio in (train_ratio, val_ratio))
+    if min(train_ratio, val_ratio) <= 0 or not abs(train_ratio + val_ratio + test_ratio - 1) <= 1e-6:
+        found = f"--train_ratio {train_ratio:g} and --val_ratio {val_ratio:g}"
+        found += f" and --test_ratio {test_ratio:g}" if test_ratio else ""
+        raise UserError(f"{found}: expected numbers above 0 that add up to 1, such as 0.8 and 0.2")
+    return {"test_ratio": test_ratio, "train_ratio": train_ratio, "val_ratio": val_ratio}
 
 
 @dataclass

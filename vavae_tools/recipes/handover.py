@@ -67,13 +67,13 @@ def find_or_make_split(place: ProjectPaths, log: Log = log, **settings: Any) -> 
         return find_stage(place, "split", log)
     except UserError as none:
         log(f"{none}. It is made now")
-    log(str(split_folders(images_or_walkers(place), place.split, **settings)))
+    log(str(split_folders(images_or_walkers(place), place.split, **{"test_ratio": None, **settings})))
     return place.split
 
 
 def images_or_walkers(place: ProjectPaths) -> Path:
     """Return the folder of the images; where there are none, simulate walkers."""
-    return place.images or write_gait_dataset(place.work / "gait", people=6, images=60, size=64)
+    return place.images or write_gait_dataset(place.work / "gait", people=6, images=75, size=64)
 
 
 def find_run(place: ProjectPaths, run: str, data: Path | LatentFolder, log: Log = log) -> str | None:
