@@ -348,4 +348,4 @@ def test_weights_of_another_architecture_are_named(tmp_path, config_path, said):
     ):
         torch.save(weights, tmp_path / "whole.pt")
         refuses(message, load, said, encoder_config_path=config_path, **{place: tmp_path / "whole.pt"})
-    refuses("1 of .* is missing", fit, small_rae().decoder, {"decoder_norm.bias": torch.zeros(16)})
+    refuses("lacks .* of the model.s weights", fit, small_rae().decoder, {"decoder_norm.bias": torch.zeros(16)})

@@ -189,7 +189,7 @@ def test_numbers_and_weights_that_do_not_fit_are_one_line():
         (weights, {**constructor, "decoder_config": {}}, "no decoder_hidden_size"),
         (weights, {**constructor, "decoder_patch_size": 4}, r"decoder_pred\.bias is \(192,\), expected \(48,\)"),
         (weights, {**constructor, "mean": torch.zeros(3, 4, 4)}, "this RAE's latents are 32×4×4"),
-        (without, constructor, r"embeddings\.cls_token is missing"),
+        (without, constructor, r"lacks 1 .*embeddings\.cls_token"),
         ({"conv.weight": torch.zeros(1)}, {}, r"neither a decoder .* they are conv\.weight"),
     ):
         refuses(message, load_rae_reference, state_dict, config)

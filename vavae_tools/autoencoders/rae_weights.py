@@ -15,11 +15,11 @@ from vavae_tools.checkpoints.foreign import find_weights, flat_names
 from vavae_tools.runtime.errors import UserError, contents, in_home, join_first
 from vavae_tools.runtime.files import (
     load_model,
+    load_weights,
     local_folder,
     read_json,
     read_weights,
     refuse_left_over,
-    refuse_not_finite,
     weight_files,
 )
 
@@ -140,14 +140,10 @@ def fit(
             fits = [f": take decoder={size}" for size, numbers in RAE_SIZES.items() if width in numbers.values()]
             shapes = f"{tuple(tensor.shape)}, expected {tuple(tensors[name].shape)}"
             raise UserError(f"{source} is of another {what}: {name} is {shapes}{fits[0] if fits else ''}")
-    missing = [name for common, name in own.items() if name not in matched and common not in _NEEDLESS]
-    if missing:
-        held = f"{len(matched)} of {len(own)} weights"
-        raise UserError(f"{source} is of another {what}: it has {held}, {missing[0]} is missing")
-    inner.load_state_dict({name: tensor.float() for name, tensor in matched.items()}, strict=False)
+    needless = tuple(own[name] for name in _NEEDLESS if name in own)
+    load_weights(inner, {name: tensor.float() for name, tensor in matched.items()}, source, anew=needless)
     unused = [name for name in given if name not in own and not _IGNORED.match(name) and name not in _NEEDLESS]
     refuse_left_over(own, unused, source)
-    refuse_not_finite(matched, source)
     log(f"RAE {what}: {len(matched)} weights matched, 0 missing, {len(unused)} unused ({source})")
 
 

@@ -179,10 +179,10 @@ def time_is_told(found: StartingWeights, denoiser: DiT | DDT, reversed_time: boo
         denoiser = type(denoiser).from_config(denoiser.config)
         _load(found, denoiser)
     measured = _time_of(denoiser, (found.table.mean(0) if found.null is None else found.null).float())
-    if measured > 0.15:
+    if measured > 0.12:
         found_out = f"{found.source} predicts noise − data, as weights do whose t = 1 is noise ({measured:.2f})"
         raise UserError(f"{found_out}: set model.reversed_time=true, or false where that is wrong")
-    return measured < -0.15
+    return measured < -0.12
 
 
 @torch.no_grad()
