@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,10 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if getattr(config, "forks", None):
         config.forks.stdin.close()
-        config.forks.wait()
+        try:
+            config.forks.wait(10)
+        except subprocess.TimeoutExpired:  # a worker of some data loader, which lives till the end, has that pipe, too
+            config.forks.kill()
 
 
 @pytest.fixture(scope="module", autouse=True)
