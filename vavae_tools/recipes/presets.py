@@ -107,8 +107,8 @@ def find_preset(
     preset = replace(preset, dit={**preset.dit, "patch_size": patch_size})
     fits = start != "f16d32" and config["latent_channels"] == PUBLISHED["latent_channels"]
     if there.denoiser and fits and find_spec("peft"):
-        start = {"weights": str(there.denoiser), "lora_rank": 16}
-        preset = going_on(preset, told_arguments(read_starting_weights(there.denoiser)), start, machine)
+        told = told_arguments(read_starting_weights(there.denoiser))
+        preset = going_on(preset, told, {"weights": str(there.denoiser), "lora_rank": 16}, machine)
     if weights is not None:
         for line in _outlook(preset, weights, there, vavae is None, walkers):
             log(line)
