@@ -21,7 +21,7 @@ def trained(split_dir, vavae_dir, latents_dir, tmp_path, monkeypatch):
     def scaled(**settings) -> L.Trainer:
         if settings["precision"] == "32-true":  # no command has fp16 on a CPU
             scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-            settings["plugins"].append(MixedPrecision("16-mixed", "cpu", scaler))
+            settings["plugins"] = [*settings.get("plugins", ()), MixedPrecision("16-mixed", "cpu", scaler)]
             settings["precision"] = None
         made.append(trainer(**settings))
         return made[-1]

@@ -70,7 +70,10 @@ def adaptive_weight(reference_gradient: Tensor, gradient: Tensor, largest: float
     return (reference_norm / (norm + epsilon)).clamp(0.0, largest)
 
 
-l1 = in_float32(F.l1_loss)
+@in_float32
+def l1(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Return the mean absolute error, in the units of [-1, 1]."""
+    return F.l1_loss(reconstruction, images)
 
 
 @in_float32
