@@ -28,6 +28,11 @@ WIDTHS, CLIP = (32, 32, 32, 32), (64, 1, 2)
     [
         ("gait_speed --images 1 --workers 1", "ratio of times"),
         ("vectors --data_dir SPLIT --epochs 1 --kl_weights 1 --image_size 16 --latent_channels 2", "| both | 2 | 1 |"),
+        (
+            "low_data --data_dir IMAGES --images_per_person 2 --test_images 4 --checkpoints last 1 --vavae_epochs 1 "
+            "--dit_steps 6 --depth 1 --batch_size 2 --samples_per_person 2 --shares 1 --seeds 1 --steps 1",
+            "2 | 1 | real + 1 generated | ",
+        ),
         ("saving_cost --megabytes 2 --saves 1 --steps 1", "2 MB: a step waits"),
         ("split_speed --images 50 --size 32 --rounds 1", "decoded, hard links"),
         ("dit_step --sizes small --repeats 1", "ours, where it goes: "),
@@ -39,14 +44,14 @@ WIDTHS, CLIP = (32, 32, 32, 32), (64, 1, 2)
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_script_runs_at_tiny_size(here, split_dir, forked, monkeypatch, run_main, command, said):
+def test_a_script_runs_at_tiny_size(here, gait, split_dir, forked, monkeypatch, run_main, command, said):
     copies = SimpleNamespace(split=SimpleNamespace(), ratio=lambda source, output, **_: shutil.copytree(source, output))
     monkeypatch.setitem(sys.modules, "splitfolders", copies)  # which the tests' requirements leave out
     monkeypatch.setitem(sys.modules, "splitfolders.split", copies.split)
     monkeypatch.setitem(dit_step.SIZES, "small", (NUMBERS, 1))
     monkeypatch.setitem(token_step.SIZES, "small", NUMBERS)
     monkeypatch.setitem(text_step.SIZES, "small", text_step.Size(NUMBERS, WIDTHS, CLIP, 32, 1))
-    name, *words = command.replace("SPLIT", str(split_dir)).split()
+    name, *words = command.replace("SPLIT", str(split_dir)).replace("IMAGES", str(gait)).split()
     status, out, err = run_main(import_module(f"benchmarks.{name}").main, *words)
     assert not status and said in out, err
 
