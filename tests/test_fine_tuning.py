@@ -145,8 +145,10 @@ def test_grey_images_that_are_not_square_go_all_the_way(tmp_path, vavae_dir):
 
 
 def test_the_best_can_be_what_a_classifier_says(split_dir, vavae_dir, tmp_path):
-    numbers = {"image_size": 16, "batch_size": 6, "max_epochs": 2, "monitor": "frechet"}
-    fine_tune_vavae(split_dir, tmp_path, vavae_dir, log=lambda line: None, **numbers)
+    numbers = {"image_size": 16, "batch_size": 6, "max_epochs": 2, "monitor": "frechet", "recipe": "vector"}
+    said = []
+    fine_tune_vavae(split_dir, tmp_path, vavae_dir, log=said.append, **numbers)
+    assert "Recipe vector: l1_weight 1, gradient_weight 0.5, spectral_weight 1, kl_weight 10" in said
     (best,) = (tmp_path / "checkpoints").glob("best-*.ckpt")
     callbacks = torch.load(best, weights_only=True)["callbacks"]
     state = next(value for key, value in callbacks.items() if "val/frechet" in key)

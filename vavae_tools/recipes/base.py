@@ -11,7 +11,7 @@ from vavae_tools.training.config import TrainConfig, setting
 
 Size = int | list[int] | None  # one number, or two: (height, width), or those of an encoder and a wide head
 NamedSize = Literal["S", "B", "L", "XL"]
-LossRecipe = Literal["light", "full", "stage1", "stage2", "stage3", "staged"]
+LossRecipe = Literal["light", "vector", "full", "stage1", "stage2", "stage3", "staged"]
 ObjectiveName = Literal["flow_matching", "epsilon", "v_prediction", "v", "sample", "x0"]
 Prompt = str | int | dict[str, str] | list[int | dict[str, str]]  # a text, token numbers, or messages
 Monitor = Literal["reconstruction", "psnr", "ssim", "accuracy", "frechet", "right"]

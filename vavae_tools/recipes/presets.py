@@ -193,7 +193,7 @@ def resolved(recipe: AnyRecipe, vavae: str | Path | None = None, log: Log = log)
 def _resolved_vavae(recipe: VAVAERecipe, log: Log) -> VAVAERecipe:
     loss, start, split = recipe.loss, recipe.vavae, recipe.data.data_dir
     named = start.original_vavae or start.size
-    weights = find_attached_weights(log=log) if named is None or loss.recipe not in (None, "light") else None
+    weights = find_attached_weights(log=log) if named is None or loss.recipe not in (None, "light", "vector") else None
     preset = find_preset(split, weights, named, log=log)
     if named is None:
         start = replace(start, original_vavae=preset.original_vavae)

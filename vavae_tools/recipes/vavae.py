@@ -48,6 +48,10 @@ LOSSES: dict[str, dict[str, Any]] = {
     # The autoencoder alone, with losses that need no weights from elsewhere: where a few thousand images are all there
     # is. Its learning rate depends on the model's size.
     "light": {},
+    # The vector carries the person, at a cost in PSNR: the KL takes from the latents what the vector can tell. Of 1e-6
+    # to 30, the least weight with which a classifier nearly always names the person whose vector decodes
+    # (benchmarks/vectors.py; README, "The vectors").
+    "vector": {"kl_weight": 10.0},
     # Every loss of the reference in one stage (its f16d32_vfdinov2). Its discriminator starts at 5,001 steps of both
     # optimisers, which are 2,500 of the model's.
     "full": {**_REFERENCE, "vf_weight": 0.1, "distance_margin": 0.25, "cosine_margin": 0.5, "disc_start": 2500},
