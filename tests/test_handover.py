@@ -83,6 +83,19 @@ def test_an_attached_run_is_resumed_where_it_is_with_its_curves(outputs, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in outputs.rglob("*")} == before
 
 
+def test_weights_that_a_run_began_with_are_asked_for(outputs, tmp_path):
+    place = vt.find_paths(outputs / "older" / "gait", tmp_path / "work", [outputs, tmp_path / "weights"])
+    shutil.copytree(outputs / "older/vavae/vavae", tmp_path / "weights/published")
+    vt.fine_tune_vavae(outputs / "older/data_split", place.vavae, tmp_path / "weights/published", **SHORT)
+    shutil.move(tmp_path / "weights", tmp_path / "attached")
+    told = [[], []]
+    for said, more in zip(told, ([], [tmp_path / "attached"]), strict=True):
+        place = vt.find_paths(outputs / "older" / "gait", tmp_path / "work", [outputs, *more])
+        assert find_run(place, "vavae", outputs / "older/data_split", said.append) == "last"
+    began = f"it began with {tmp_path / 'weights/published'}, which is not here: attach it again, or "
+    assert told[0][1].startswith(began) and len(told[1]) == 1
+
+
 def test_what_is_damaged_or_somebody_elses_is_passed_over(outputs, tmp_path):
     other = tmp_path / "input/other"
     for name in ("config.json", "model_index.json", "samples.json", "split_info.json", "run.json"):

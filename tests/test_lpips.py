@@ -133,5 +133,9 @@ def test_missing_convolutions_and_small_images(tmp_path, lpips):
     said = "25 of the 26 tensors.*torchvision's vgg16.*--perceptual_weight 0"
     refuses(said, load_lpips, tmp_path / "incomplete.safetensors", WIDTHS)
     refuses("No file: 0 of the 26", load_lpips, [])
+    damaged = {**taming_file(), "net.slice3.12.bias": torch.full((WIDTHS[2],), torch.nan)}
+    save_file(damaged, tmp_path / "damaged.safetensors")
+    refuses("1 weights of .*damaged.safetensors are not finite", load_lpips, tmp_path / "damaged.safetensors", WIDTHS)
+    refuses("damaged.safetensors is of another form: size mismatch", load_lpips, tmp_path / "damaged.safetensors")
     assert lpips(images(16), images(16, seed=1)).isfinite().all()
     refuses("15×15 are too small for LPIPS", lpips, images(15), images(15))

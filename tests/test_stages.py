@@ -8,6 +8,7 @@ import torch
 
 import vavae_tools as vt
 from vavae_tools.pipelines.classes import load_pipeline
+from vavae_tools.recipes import stages
 from vavae_tools.recipes.presets import Preset
 from vavae_tools.recipes.stages import Stages, estimate_hours
 
@@ -103,3 +104,17 @@ def test_hours_follow_from_the_preset(split_dir: Path):
     numbers = {"image_size": 16, "vavae_batch_size": 4, "dit_batch_size": 4, "dit": SIZE}
     hours = estimate_hours(Preset("here", **numbers, vavae_epochs=100, dit_steps=1000), split_dir)
     assert list(hours) == ["vavae", "dit", "samples"] and all(0 < value < 1 for value in hours.values())
+
+
+def test_low_rank_training_is_timed_as_it_is(split_dir: Path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(stages, "_seconds", lambda compute, model: trained.append(trainable(model)) or 1.0)
+    numbers = {"image_size": 16, "vavae_batch_size": 4, "dit_batch_size": 4, "dit": SIZE}
+    for init in (None, {"weights": "x.pt", "lora_rank": 2}):
+        estimate_hours(Preset("here", **numbers, dit_init=init), split_dir)
+    _, whole, _, _, additions, _ = trained
+    assert 0 < additions < whole / 2
+
+
+def trainable(model: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vavae_tools.checkpoints.foreign import flat_names
 from vavae_tools.runtime.errors import UserError, in_home
-from vavae_tools.runtime.files import read_weights
+from vavae_tools.runtime.files import load_weights, read_weights
 from vavae_tools.runtime.machine import in_float32
 
 VGG16_WIDTHS = (64, 128, 256, 512, 512)
@@ -100,7 +100,7 @@ def load_lpips(files: str | Path | Sequence[str | Path], widths: Sequence[int] =
         needed = "torchvision's vgg16-397923af.pth, or a VA-VAE's or VQGAN's checkpoint from training"
         raise UserError(f"{found}. Needed: {needed}. {_LPIPS_FREE_HINT}")
     lpips = LPIPS(widths)
-    lpips.load_state_dict(weights)
+    load_weights(lpips, weights, ", ".join(map(str, files)))
     lpips.origin = f"convolutions from {origins['convolutions']}, linear layers from {origins['linear']}"
     return lpips
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from vavae_tools.diffusion.dit import DDT, DDT_SIZES, DiT, DiT_SIZES, make_denoi
 from vavae_tools.diffusion.layers import rope_table, sincos_table
 from vavae_tools.diffusion.objectives import expand_time
 from vavae_tools.runtime.errors import UserError, join_first
-from vavae_tools.runtime.files import read_saved
+from vavae_tools.runtime.files import load_weights, read_saved
 
 TABLES = ("pos_embed", "feat_rope.", "enc_feat_rope.", "dec_feat_rope.")  # fixed, computed by our constructors
 
@@ -134,11 +133,7 @@ def load_denoiser(kind: str, state_dict: Mapping[str, Any], config: Mapping[str,
     denoiser, conditioner = split_reference_arguments({**defaults, **config})
     model = made(make_denoiser(denoiser), ClassConditioner(**conditioner))
     for part, of_part in zip((model.denoiser, model.conditioner), split_state_dict(weights), strict=True):
-        try:
-            part.load_state_dict(of_part)
-        except RuntimeError as error:
-            reason = textwrap.shorten(str(error), 400)
-            raise UserError(f"These weights do not fit the configuration. {reason}") from error
+        load_weights(part, of_part, "The state_dict")
     # The published table is the one that ours computes; another is honoured here, though `save_pretrained` keeps none.
     ours = model.denoiser.enc_pos_embed if kind == "ddt" else model.denoiser.pos_embed
     if "pos_embed" in weights:

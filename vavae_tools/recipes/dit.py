@@ -191,7 +191,7 @@ def build_on_latents(
     objective = make_recipe_objective(recipe.objective, type(recipe)().objective, folder.shape)
     flip = "half" if recipe.data.flips else "none"
     module = DiffusionModule(network, conditioner, objective, flip=flip, **numbers)
-    module.hparams["people"] = folder.people
+    module.hparams.update(people=folder.people, started_from=init.weights)
     named = sorted((label, name) for name, label in folder.people.items())
     shown = [named[place] for place in spread(ROWS, len(named))]
 

@@ -19,7 +19,7 @@ from vavae_tools.data.folders import extension_of, list_folders
 from vavae_tools.data.latents import LatentFolder
 from vavae_tools.data.split import split_folders
 from vavae_tools.data.split_report import INFO_NAME, read_split_info
-from vavae_tools.paths import ProjectPaths
+from vavae_tools.paths import ProjectPaths, walked
 from vavae_tools.pipelines.classes import load_pipeline
 from vavae_tools.pipelines.formats import RECORD
 from vavae_tools.runtime.console import log
@@ -93,6 +93,10 @@ def find_run(place: ProjectPaths, run: str, data: Path | LatentFolder, log: Log 
             passed.append(f"{folder.parent} (of other data)")
             continue
         log(f"resuming {folder.parent} at step {steps[folder]:,}" + _listed(passed))
+        begun = Path(held[folder].get("hyper_parameters", {}).get("started_from") or own)
+        elsewhere = any(begun.name in (at.name, *files) for at, files in walked((place.work, *place.attached)))
+        if begun != own and not begun.exists() and not elsewhere:
+            log(f"it began with {begun}, which is not here: attach it again, or it cannot be resumed as it was")
         if folder.is_relative_to(own):
             return "last"
         if folder.parent.name != run:  # a stage of several, each of which needs those before

@@ -15,6 +15,7 @@ from vavae_tools.autoencoders.vavae import vavae
 from vavae_tools.data.latents import LatentFolder
 from vavae_tools.data.split_report import read_split_info
 from vavae_tools.diffusion.dit import make_denoiser, split_reference_arguments
+from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.evaluation.metrics import aligned
 from vavae_tools.paths import ProjectPaths
 from vavae_tools.recipes.handover import copy_record, find_run, find_stage
@@ -199,7 +200,10 @@ def _time_denoiser(preset: Preset, latents: Tensor, people: int) -> tuple[float,
     count, channels, side, _ = latents.shape
     sizes = {"in_channels": channels, "input_size": side, "num_classes": people}
     of_denoiser, of_conditioner = split_reference_arguments({**preset.dit, **sizes})
-    model = make_denoiser(of_denoiser).to(find_device())
+    model = make_denoiser(of_denoiser)
+    if rank := (preset.dit_init or {}).get("lora_rank"):
+        add_lora(model, rank)
+    model.to(find_device())
     conditioning = latents.new_zeros(count, of_conditioner["hidden_size"])
 
     def compute() -> Tensor:

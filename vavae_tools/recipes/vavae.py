@@ -9,7 +9,7 @@ import lightning as L
 from vavae_tools.autoencoders import weights
 from vavae_tools.autoencoders.foundation import load_foundation
 from vavae_tools.autoencoders.lpips import LPIPS, load_lpips
-from vavae_tools.autoencoders.vavae import VAVAE, resolve_image_size, vavae
+from vavae_tools.autoencoders.vavae import VAVAE, VAVAE_SIZES, resolve_image_size, vavae
 from vavae_tools.autoencoders.weights import VAVAEWeights
 from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.datasets import class_data
@@ -140,6 +140,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     module = VAVAEModule(model, **numbers, lpips=lpips_of(files, log), foundation=foundation)
     if found is not None:
         _load_auxiliary(module, found, log)
+        module.hparams["started_from"] = None if original in VAVAE_SIZES else str(found.source)
     remarks = [f"Recipe {loss.recipe}: {describe_weights(module)}"]
     settings = module.trainer_settings(**config.of_devices())
     if (world := settings["devices"] * settings["num_nodes"]) > 1:

@@ -18,7 +18,14 @@ from vavae_tools.runtime.files import read_json, write_json
 
 NAME = "run.json"
 PACKAGES = ("vavae_tools", "torch", "lightning", "diffusers", "transformers", "safetensors", "numpy")
-UNCOMPARED_SETTINGS = ("vavae_config", "denoiser_config", "conditioner_config", "people", "gradient_checkpointing")
+UNCOMPARED_SETTINGS = (
+    "vavae_config",
+    "denoiser_config",
+    "conditioner_config",
+    "people",
+    "gradient_checkpointing",
+    "started_from",
+)
 """Hyper-parameters that a difference in is told elsewhere, or changes no number."""
 
 NOT_ALWAYS_RECORDED = ("accumulate_grad_batches", "gradient_clip")
