@@ -138,6 +138,7 @@ def test_the_command_trains_tells_and_refuses(split, tmp_path, fault, run_main):
     words = ["--generated_dir", made, "--data_dir", split, "--output_dir", tmp_path / "out", "--image_size", 32]
     status, out, err = run_main(evaluate.main, *words, "--gain", "--seeds", 1, "--steps", 2)
     assert not status and "generated alone" in out and (tmp_path / "out" / "gain.json").is_file(), err
+    assert "generated alone: accuracy " in err  # as soon as it is known
     assert "--seeds is for --gain" in fault(evaluate.main, *words, "--seeds", 2)
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DiT, make_denoiser, split_reference_arguments
+from vavae_tools.recipes import init_from
 from vavae_tools.recipes.base import InitFrom
 from vavae_tools.recipes.init_from import (
     nearest_classes,
@@ -232,6 +233,18 @@ def test_which_way_time_runs_is_seen_in_the_weights_or_asked_for(tmp_path, rever
         said = start(denoiser, conditioner, path, kind="lightningdit", reversed_time=asked)[-1]
         assert f"as given: num_heads=2, reversed_time={str(asked).lower()}" in said
         assert denoiser.config.reversed_time == asked
+
+
+@pytest.mark.parametrize(("measured", "told"), [(-0.149, True), (-0.1, False), (0.1, False), (0.149, None)])
+def test_which_way_time_runs_is_seen_of_weights_trained_for_a_short_time(tmp_path, monkeypatch, measured, told):
+    path, *_ = published(tmp_path / "sit.pt", **PLAIN)
+    monkeypatch.setattr(init_from, "_time_of", lambda denoiser, null: measured)  # 0.149 was measured of a small one
+    denoiser, conditioner = built(2, **PLAIN)
+    found = read_fitting_weights(denoiser, conditioner, InitFrom(str(path), kind="lightningdit"), {})
+    if told is None:
+        refuses(r"whose t = 1 is noise \(0.15\)", time_is_told, found, denoiser, None)
+    else:
+        assert time_is_told(found, denoiser, None) is told
 
 
 def test_positions_of_its_own_are_said_not_to_hold(tmp_path):

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule
 from vavae_tools.evaluation.classifier import default_steps, train_classifier
-from vavae_tools.evaluation.metrics import Interval, aligned, plain
+from vavae_tools.evaluation.metrics import Interval, aligned, percent, plain
 from vavae_tools.evaluation.report import load_images
 from vavae_tools.plots import plot_intervals, save_figures
+from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError, in_home, join_first
 from vavae_tools.runtime.files import read_json, write_json
 from vavae_tools.runtime.machine import device_of
@@ -190,6 +191,9 @@ def _named(
                 rows.append(kept[key])
                 progress.update()
             found[mixture.name] = [torch.tensor(of_set) for of_set in zip(*rows, strict=True)]
+            if not bar.get("disable"):
+                right = (found[mixture.name][0] == asked[0].labels).float().mean().item()
+                print_beside_bars(f"{mixture.name}: accuracy {percent(right)}")
     return found
 
 
