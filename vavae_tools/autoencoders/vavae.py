@@ -138,6 +138,7 @@ class VAVAE(LatentStatistics, AutoencoderKL):
             if getattr(self, name, None) is not None:
                 getattr(self, name).requires_grad_(False)
 
+    @apply_forward_hook
     def encode_images(
         self, images: Tensor, labels: Tensor | None = None, normal: Callable[..., Tensor] | None = None
     ) -> Tensor:

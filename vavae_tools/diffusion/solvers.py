@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -24,6 +24,9 @@ from vavae_tools.diffusion.conditioning import TextCondition
 from vavae_tools.diffusion.objectives import Objective
 from vavae_tools.runtime.errors import UserError, check_known
 from vavae_tools.runtime.machine import computing_in
+
+if TYPE_CHECKING:
+    from vavae_tools.diffusion.variations import Start
 
 Condition = Tensor | TextCondition
 PATH_LABELS = {"linear": "flow matching or sample", "gvp": "flow matching on the path gvp", "discrete": "noise or v"}
@@ -62,15 +65,19 @@ def make_solver(
 def swapped(scheduler: SchedulerMixin, name: str, objective: Objective | None = None) -> SchedulerMixin:
     """Return another solver for the same denoiser, with the same shift or schedule.
 
-    The objective is by default what the scheduler says: a velocity, noise or v, and its schedule.
+    The objective is by default `objective_of` the scheduler.
     """
     config = scheduler.config
-    if objective is None and solves_flows(scheduler):
-        objective = objectives.FlowMatching(path=config.get("path", "linear"))
-    elif objective is None:
-        schedule = (config[key] for key in ("prediction_type", "beta_schedule", "beta_start", "beta_end"))
-        objective = objectives.NoisePrediction(*schedule, config.num_train_timesteps)
-    return make_solver(name, objective, config.get("shift", config.get("flow_shift")))
+    return make_solver(name, objective or objective_of(scheduler), config.get("shift", config.get("flow_shift")))
+
+
+def objective_of(scheduler: SchedulerMixin) -> Objective:
+    """Return the objective that a scheduler alone tells of: a velocity, noise or v, and its schedule."""
+    config = scheduler.config
+    if solves_flows(scheduler):
+        return objectives.FlowMatching(path=config.get("path", "linear"))
+    schedule = (config[key] for key in ("prediction_type", "beta_schedule", "beta_start", "beta_end"))
+    return objectives.NoisePrediction(*schedule, config.num_train_timesteps)
 
 
 def solves_flows(scheduler: SchedulerMixin) -> bool:
@@ -235,6 +242,7 @@ def sample(
     objective: Objective | None = None,
     generators: list[torch.Generator] | None = None,
     callback: Callable[[int, float, Tensor], None] | None = None,
+    start: "Start | None" = None,
     **guidance: Any,
 ) -> Tensor:
     """Return latents at t = 1 from noise (B, C, h, w) at t = 0; float32, whatever the denoiser is.
@@ -246,6 +254,7 @@ def sample(
         generators: of the noise added on the way, where a scheduler adds some, one for each sample; by default it
             follows from the noise that the sample starts from.
         callback: called after each update with its number, the time it started from, and the new x.
+        start: latents of images from which it begins with this noise, in place of the noise alone.
     """
     solver, times = lay_out(scheduler, num_inference_steps, timestep_shift, last_noise, objective)
     flow, options = solves_flows(scheduler), {}
@@ -259,12 +268,17 @@ def sample(
             seeds = noise.flatten(1)[:, :2].float().cpu().contiguous().view(torch.int64)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
         options["generator"] = generators
-    x = noise.float() * (1.0 if flow else solver.init_noise_sigma)
+    x = noise = noise.float() * (1.0 if flow else solver.init_noise_sigma)
+    if start is not None:
+        of_start, times = objective or objective_of(scheduler), start.cut(solver, times)
+        x = noise if start.strength == 1 else start.noised(noise, [*times, 1.0][0], of_start)
     for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
         prediction = guided_prediction(denoiser, x, t, conditioning, null, guidance_scale, **guidance)
         # in float32 whatever is set around it, and not waiting for the card
         with computing_in("32", x.device), _WithoutWaits() if x.device.type == "cuda" else nullcontext():
             x = solver.step(-prediction if flow else prediction, timestep, x, **options)[0]
+        if start is not None:
+            x = start.kept(x, noise, [*times, 1.0][i + 1], of_start)
         if callback is not None:
             callback(i, t, x)
     return x
@@ -273,6 +287,8 @@ def sample(
 # ---- solvers of flows that diffusers does not have, called as its own are
 class FlowScheduler(SchedulerMixin, ConfigMixin):
     """Base of solvers that take a velocity along shares of noise `sigmas`; a shift above 1 is finer near the noise."""
+
+    order = 1  # model calls of an update, as diffusers' own say it
 
     @register_to_config
     def __init__(self, shift: float = 1.0, path: str = "linear") -> None:
@@ -289,6 +305,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
 
 class MidpointScheduler(FlowScheduler):
     """The midpoint method: two calls an update, and an error of second order."""
+
+    order = 2
 
     def grid(self, num_inference_steps: int, last_noise: float) -> Tensor:
         ends = 1 - time_grid(num_inference_steps, 1 / self.config.shift, last_noise)

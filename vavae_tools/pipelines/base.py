@@ -20,12 +20,13 @@ from torch import Tensor
 from vavae_tools.autoencoders.encoders import silent_loading
 from vavae_tools.autoencoders.weights import load_autoencoder
 from vavae_tools.checkpoints.formats import is_checkpoint, read_any_format
-from vavae_tools.data.images import to_pixels
+from vavae_tools.data.images import to_pixels, to_unit
 from vavae_tools.diffusion import conditioning, dit
 from vavae_tools.diffusion.lora import merged_weights
 from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
 from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precision_for
+from vavae_tools.pipelines.inputs import pixels_of
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, check_known, contents, in_home, one_line
 from vavae_tools.runtime.files import load_weights, plain_config, read_json, weights_digest
@@ -79,6 +80,14 @@ class ImagePipeline(DenoiserPipeline):
         """Return what images follow from besides the arguments of `make`: the models' digest, and the solver."""
         solver = {"name": type(self.scheduler).__name__, **plain_config(self.scheduler)}
         return {"model": digest_of(self.denoiser, self.conditioner, self.vae), "solver": solver}
+
+    def pixels_of(self, image: Any) -> Tensor:
+        return pixels_of(image, self.vae.config.get("in_channels", 3), self.image_size)
+
+    def encode_images(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return normalised latents, float32 (B, C, h, w), of images uint8 (B, C, H, W) by the vectors of `labels`."""
+        images, labels = (given.to(self._execution_device) for given in (images, labels))
+        return self.vae.normalise(self.vae.encode_images(to_unit(images).to(self.vae.dtype), labels)).float()
 
     def _sampled(self, noise: Tensor, told: Callable, precision: str, labels: Tensor | None, **by: Any) -> Tensor:
         """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are; `told`: rows → conditions."""

@@ -1,6 +1,6 @@
 """Images of classes as one object: a diffusers pipeline of autoencoder, denoiser, conditioner and solver."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from torch import Tensor
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching, objective_of
 from vavae_tools.diffusion.solvers import make_solver
+from vavae_tools.diffusion.variations import Start, check_strength, first_order, invert, slerp
 from vavae_tools.pipelines import base
+from vavae_tools.pipelines.batches import all_finite, in_batches, precision_for
+from vavae_tools.pipelines.inputs import for_each, latent_mask
 from vavae_tools.runtime.errors import UserError, in_home, join_first
 
 Guide = tuple[ModelMixin, ClassConditioner]  # a weaker denoiser of the same latents and classes, for autoguidance
@@ -77,9 +80,13 @@ class LatentDiTPipeline(base.ImagePipeline):
         latents: Tensor | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
+        image: Any = None,
+        mask_image: Any = None,
+        image_labels: Iterable[int | str] | None = None,
+        strength: float | None = None,
         **sampling: Any,
     ) -> ImagePipelineOutput:
-        """Make one image for each label, or person's name.
+        """Make one image for each label, or person's name: from noise, or a variation of a given image.
 
         Args:
             generator: of the noise, one for all or one for each image.
@@ -87,15 +94,114 @@ class LatentDiTPipeline(base.ImagePipeline):
             batch_size: images made at once, halved where memory runs out; None: by the memory there is. It changes
                 memory and speed, not the images.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
+            image: one for all labels or one for each, in a form of `inputs.pixels_of`. Its latents get noise up to
+                `strength`, and are denoised as the person of the label.
+            mask_image: white where something new is made, in a form of `inputs.latent_mask`; latents of which no pixel
+                is white stay as the image's.
+            image_labels: whose images they are, for the autoencoder's vectors; None: those of `labels`.
+            strength: share of the way from the image, near 0, to noise alone, 1; None: 0.6 (as diffusers' for flows),
+                and with a mask 1, so that nothing of what was there shines through.
             sampling: further arguments of `make`.
         """
         labels = self.labels_of(labels.tolist() if isinstance(labels, Tensor) else labels)
         sampling |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        given = self._given(labels, image, mask_image, image_labels, strength)
 
         def make(rows: slice, noise: Tensor) -> Tensor:
-            return self.make(torch.tensor(labels[rows], device=noise.device), noise, **sampling)
+            start = given and given(rows)
+            return self.make(torch.tensor(labels[rows], device=noise.device), noise, start=start, **sampling)
 
         return self._images(self._noise(len(labels), latents, generator), make, batch_size, output_type)
+
+    def _given(
+        self, labels: list[int], image: Any, mask_image: Any, image_labels: Any, strength: float | None
+    ) -> Callable[[slice], Start] | None:
+        """Return what tells the start of some rows, or None without an image."""
+        if image is None:
+            of_image = {"mask_image": mask_image, "image_labels": image_labels, "strength": strength}
+            if unused := [name for name, value in of_image.items() if value is not None]:
+                raise UserError(f"{unused[0]} without an image: give image, too, or leave it out")
+            return None
+        pixels = for_each(self.pixels_of(image), len(labels), "image")
+        whose = torch.tensor(labels if image_labels is None else self.labels_of(image_labels))
+        whose, mask = for_each(whose, len(labels), "image label"), None
+        if mask_image is not None:
+            mask = for_each(latent_mask(mask_image, self.image_size, self.vae.downsampling), len(labels), "mask")
+        strength = check_strength((0.6 if mask is None else 1.0) if strength is None else strength)
+
+        def start(rows: slice) -> Start:
+            latents = self.encode_images(pixels[rows], whose[rows])
+            return Start(latents, strength, None if mask is None else mask[rows].to(latents.device))
+
+        return start
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        label: int | str,
+        image: Any,
+        image2: Any,
+        num_images: int = 8,
+        num_inference_steps: int = 50,
+        *,
+        image_labels: Iterable[int | str] | None = None,
+        timestep_shift: float | None = None,
+        precision: str | None = None,
+        **options: Any,
+    ) -> ImagePipelineOutput:
+        """Make images of one person from one image to another, which are the first and the last.
+
+        They begin with noise on the arc between those from which the two images come (`invert`), and so each is as
+        likely as any image; between latents themselves the middle would be a double exposure. There is no guidance,
+        which is not undone by going back.
+
+        Args:
+            image_labels: whose the two images are; None: the label's.
+            options: batch_size and output_type of the call.
+        """
+        if num_images < 2:
+            raise UserError(f"num_images {num_images}: at least the two images themselves are made")
+        steps = {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift, "precision": precision}
+        own, self.scheduler = self.scheduler, first_order(self.scheduler, self.objective)
+        try:
+            noise = self.invert([image, image2], [label] * 2 if image_labels is None else image_labels, **steps)
+            between = slerp(*noise, torch.linspace(0, 1, num_images))
+            return self([label] * num_images, guidance_scale=1.0, latents=between, **steps, **options)
+        finally:
+            self.scheduler = own
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Any,
+        labels: Iterable[int | str],
+        num_inference_steps: int = 50,
+        timestep_shift: float | None = None,
+        precision: str | None = None,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Return the noise (N, C, h, w) from which Euler's method, or DDIM, makes these images without guidance.
+
+        Args:
+            image: in a form of `inputs.pixels_of`, or a list of such.
+            labels: whose images they are, for the autoencoder's vectors and as the condition.
+        """
+        pixels = torch.cat([self.pixels_of(one) for one in (image if isinstance(image, list | tuple) else [image])])
+        whose, device = torch.tensor(self.labels_of(labels)), self._execution_device
+        whose, precision = for_each(whose, len(pixels), "label").to(device), precision_for(self, precision)
+        steps = {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift}
+
+        def part(of: slice) -> Tensor:
+            data = self.encode_images(pixels[of], whose[of])
+
+            def back(rows: Tensor) -> Tensor:
+                conditioning = self.conditioner(whose[of][rows])
+                given = self.denoiser, self.scheduler, data[rows], conditioning
+                return invert(*given, objective=self.objective, **steps)
+
+            return all_finite(self, len(data), precision, back, "latents").cpu()
+
+        return torch.cat(in_batches(self, len(pixels), part, batch_size))
 
     @torch.no_grad()
     def make(
@@ -109,6 +215,7 @@ class LatentDiTPipeline(base.ImagePipeline):
         timestep_shift: float | None = None,
         guide: Guide | None = None,
         precision: str | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Make one batch: labels int64 (B,) and noise (B, C, h, w), where the models are → uint8 (B, C, H, W).
 
@@ -118,14 +225,14 @@ class LatentDiTPipeline(base.ImagePipeline):
         Args:
             guide: guides in place of the null condition (autoguidance), by the same scale; see `load_guide`.
             precision: "32", "16" or "bf16"; None: the machine's own, or that of half weights.
+            start: latents of images that these are made from; None: noise alone.
         """
 
         def told(rows: Tensor) -> dict[str, Any]:
-            conditioning = self.conditioner(labels[rows])
+            told = {"conditioning": self.conditioner(labels[rows]), "start": start and start[rows]}
             if guide:
-                return {"conditioning": conditioning, "guide": guide[0], "guide_conditioning": guide[1](labels[rows])}
-            null = self.conditioner.null(len(conditioning)) if guidance_scale != 1 else None
-            return {"conditioning": conditioning, "null": null}
+                return {**told, "guide": guide[0], "guide_conditioning": guide[1](labels[rows])}
+            return {**told, "null": self.conditioner.null(len(rows)) if guidance_scale != 1 else None}
 
         if not self.is_guided(guide):
             guidance_scale = 1.0
