@@ -67,7 +67,8 @@ FALLS, RISES = [(i, 1 - i / 100) for i in range(40)], [(i, 1 + i / 100) for i in
         (
             FALLS,
             [(9, 2.0), (19, 1.0), (39, 1.06)],
-            "memorises the training images (above 1.05 times the least); max_steps=19, or more images",
+            "memorises the training images (above 1.05 times the least); "
+            "export=best, early_stopping_patience, max_steps=19, or more images",
         ),
         (FALLS, [(9, 2.0), (19, 1.0), (39, 1.04)], "no sign of memorising"),
         (RISES, [(9, 2.0), (19, 1.0), (39, 1.06)], "no sign of memorising"),

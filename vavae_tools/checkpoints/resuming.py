@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -173,6 +174,34 @@ def best_checkpoint(folder: str | Path) -> Path:
         Path(state["best_model_path"]).name for state in states if isinstance(state, dict) and state.get("monitor")
     }
     return next((path for path in best if path.name in named), newest)
+
+
+def exported_checkpoint(run: Path, export: str) -> Path:
+    """Return the checkpoint of a run that `export` means: last, best, or one by its path or name."""
+    folder = run / "checkpoints"
+    if export in ("last", "best"):
+        return best_checkpoint(folder) if export == "best" else folder / "last.ckpt"
+    for path in _inside(run, export):
+        if is_checkpoint(path) or (path.is_file() and path.suffix in formats.FILES):
+            return path
+    there = join_first((checkpoint.path.name for checkpoint in checkpoints_in(run)), 12) or "none"
+    raise UserError(
+        f"export={export} is no checkpoint of {run}, which has {there}: expected last, best, or one of them"
+    )
+
+
+def check_export(run: Path, export: str) -> None:
+    """Raise where `export` is no checkpoint of a run, and none that its training may write."""
+    to_come = any(fnmatch(Path(export).name, pattern) for pattern in NAMES_OF_CHECKPOINTS)
+    elsewhere = in_home(export).exists() or not _inside(run, export)
+    if export not in ("last", "best") and not (to_come and not elsewhere):
+        exported_checkpoint(run, export)
+
+
+def _inside(run: Path, path: str) -> list[Path]:
+    """Return what a path may mean in a run's folder."""
+    places = in_home(path), run / path, run / "checkpoints" / path
+    return [place for place in places if place.resolve().is_relative_to(run.resolve())]
 
 
 # ---- of the same model

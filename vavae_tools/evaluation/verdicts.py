@@ -1,5 +1,7 @@
 """Verdicts on a training: a sentence each, with its threshold and what to change next. The thresholds are here."""
 
+import math
+
 from vavae_tools.evaluation.metrics import percent
 from vavae_tools.evaluation.reconstructions import ConditionComparison, ReconstructionScores
 
@@ -10,6 +12,7 @@ FRECHET_RATIO = 2.0  # 1.0 to 1.4 with every recipe but the one that failed, whi
 VECTOR_PSNR = 0.2  # dB between own and another's: 0.02 to 0.17 where the latents alone tell the person
 TRANSFER = 0.5  # chosen: most; 0 to 0.4 % where the latents alone tell the person (benchmarks/vectors.py)
 LOSS_ROSE = 1.05  # chosen: validation's noise is always the same, and 2.1 was measured where 60 images were memorised
+KNOBS = "export=best, early_stopping_patience"  # against memorising
 
 Points = list[tuple[int, float]]  # of step and value
 
@@ -53,18 +56,22 @@ def _vectors(own: float, anothers: float) -> str:
     return f"the vectors carry something of the person ({found}, at least {VECTOR_PSNR:g} dB apart)"
 
 
+def memorising_since(train: Points, val: Points) -> int | None:
+    """Return the step of the least validation loss where it rose from there as the training loss fell, else None."""
+    best, least = min(val, key=lambda point: point[1], default=(0, math.inf))
+    later = [value for step, value in train if step > best]
+    before = [value for step, value in train if step <= best][-len(later) :]  # as many as later, where there are
+    falls = bool(later and before) and sum(later) / len(later) < sum(before) / len(before)
+    return best if falls and val[-1][1] > LOSS_ROSE * least else None
+
+
 def judge_losses(train: Points, val: Points) -> str:
     """Return a sentence on whether the validation loss rose from its least while the training loss fell."""
     if len(val) < 2 or len(train) < 2:
         return "val/loss: too few validations for a verdict; more max_steps"
     (best, least), (last, now) = min(val, key=lambda point: point[1]), val[-1]
     found = f"val/loss {now:.4g} at step {last:,}, its least {least:.4g} at step {best:,}"
-    later = [value for step, value in train if step > best]
-    before = [value for step, value in train if step <= best][-len(later) :]  # as many as later, where there are
-    falls = bool(later and before) and sum(later) / len(later) < sum(before) / len(before)
-    if now > LOSS_ROSE * least and falls:
-        return (
-            f"{found}, while train/loss fell: it memorises the training images (above {LOSS_ROSE:g} times the "
-            f"least); max_steps={best}, or more images"
-        )
-    return f"{found}: no sign of memorising (up to {LOSS_ROSE:g} times the least, or train/loss rose, too)"
+    if memorising_since(train, val) is None:
+        return f"{found}: no sign of memorising (up to {LOSS_ROSE:g} times the least, or train/loss rose, too)"
+    why = f"it memorises the training images (above {LOSS_ROSE:g} times the least)"
+    return f"{found}, while train/loss fell: {why}; {KNOBS}, max_steps={best}, or more images"

@@ -16,6 +16,8 @@ ObjectiveName = Literal["flow_matching", "epsilon", "v_prediction", "v", "sample
 Prompt = str | int | dict[str, str] | list[int | dict[str, str]]  # a text, token numbers, or messages
 Monitor = Literal["reconstruction", "psnr", "ssim", "accuracy", "frechet", "right"]
 
+OF_LOSSES = "schedule", "warmup_steps", "ema_decay", "gradient_clip", "gradient_checkpointing"  # None: the recipe's
+
 
 def share(default: float | None, text: str) -> Any:
     """Return a setting from 0 to 1."""
@@ -323,9 +325,7 @@ class VAVAERecipe(Recipe):
     loss: VAVAELoss = VAVAELoss()
     monitor: Monitor = setting("reconstruction", "what best-*.ckpt is chosen by")
     classifier_dir: str | None = setting(None, "keeps the classifier that watches; null: in the run's folder")
-    train: TrainConfig = TrainConfig(
-        schedule=None, warmup_steps=None, ema_decay=None, gradient_clip=None, gradient_checkpointing=None, previews=10
-    )
+    train: TrainConfig = TrainConfig(**dict.fromkeys(OF_LOSSES), previews=10, export="best")
 
 
 @dataclass(frozen=True)
@@ -351,6 +351,7 @@ class DecoderRecipe(Recipe):
         lr=2e-4,  # the paper's; 2e-3 for decoder=tiny
         warmup_steps=300,  # a sixteenth of all, as in the paper
         ema_decay=0.9978,  # the paper's: the average of some 450 steps
+        export="last",  # PSNR, which the best is chosen by, falls where the discriminator sharpens
     )
 
 

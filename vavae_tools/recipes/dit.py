@@ -124,7 +124,7 @@ def train_dit(
     Args:
         latents_dir, autoencoder_dir: where `encode_split` wrote, and the autoencoder that it took.
         output_dir: gets `checkpoints/best-*.ckpt` and `last.ckpt`, `lightning_logs/`, `samples/`, `autoencoder/`, and
-            at the end `pipeline/`, with the averaged weights of the last step, whose path is returned.
+            at the end `pipeline/`, with the averaged weights of the checkpoint `export`, whose path is returned.
         denoiser: keys of `model`, such as {"size": "S", "patch_size": 1}.
         flip: "half" trains half the time on mirrored images, where they were encoded.
         show: called with each grid, uint8 (3, H, W); by default a notebook's cell shows it.
@@ -273,9 +273,9 @@ def denoiser_run(
     if module.code is None and not module.network["conditioner"].dropout:
         remarks = [*remarks, "No null condition (condition_dropout=0): previews and samples are made without guidance"]
 
-    def export(trainer: L.Trainer) -> None:
+    def export(trainer: L.Trainer, checkpoint: Path) -> None:
         with silent_loading():
-            save_model(load(checkpoints / "last.ckpt"), folder)
+            save_model(load(checkpoint), folder)
         hardlink_duplicates(output_dir / "autoencoder", folder / "vae")  # an RAE is 2 GB
         hardlink_duplicates(output_dir / "text_encoder", folder / "text_encoder")
         log(written(folder, checkpoints, samples))

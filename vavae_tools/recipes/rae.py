@@ -10,6 +10,7 @@ import torch
 
 from vavae_tools.autoencoders.rae import RAE, tiny_rae
 from vavae_tools.autoencoders.rae_weights import is_rae_folder, load_rae, read_rae_folder
+from vavae_tools.checkpoints.formats import AVERAGE, read_any_format
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule, save_image, to_pixels, to_unit
 from vavae_tools.evaluation.metrics import psnr
@@ -85,8 +86,11 @@ def build(recipe: DecoderRecipe, output_dir: Path, resume_from: Path | None, sho
         device = module.trainer_settings(**config.of_devices())["accelerator"].replace("gpu", "cuda")
         before = _look(model.to(device), subset, reconstructions / "before.png", show or show_inline)
 
-    def export(trainer: L.Trainer) -> None:
-        model.decoder.load_state_dict(module.ema.network.state_dict())
+    def export(trainer: L.Trainer, checkpoint: Path) -> None:
+        averages = f"{AVERAGE}network."
+        state = read_any_format(checkpoint, log)["state_dict"]
+        weights = {k.removeprefix(averages): tensor for k, tensor in state.items() if k.startswith(averages)}
+        model.decoder.load_state_dict(weights)
         model.register_to_config(noise_tau=loss.noise_tau)
         model.disable_gradient_checkpointing()
         after = _look(model.eval().to(device), subset, reconstructions / "after.png")

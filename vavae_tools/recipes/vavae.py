@@ -11,7 +11,6 @@ from vavae_tools.autoencoders.foundation import load_foundation
 from vavae_tools.autoencoders.lpips import LPIPS, load_lpips
 from vavae_tools.autoencoders.vavae import VAVAE, VAVAE_SIZES, resolve_image_size, vavae
 from vavae_tools.autoencoders.weights import VAVAEWeights
-from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.datasets import class_data
 from vavae_tools.data.images import ImageSetDataModule
 from vavae_tools.evaluation.reconstructions import compare_conditions
@@ -152,13 +151,12 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     shown = images.shown_data.preview_batch(8)
     watched = {"right": "accuracy"}.get(recipe.monitor, recipe.monitor)  # its name before
 
-    def export(trainer: L.Trainer) -> None:
-        path = best_checkpoint(checkpoints)
-        best = weights.load_vavae(path, log=lambda line: None)
+    def export(trainer: L.Trainer, checkpoint: Path) -> None:
+        best = weights.load_vavae(checkpoint, log=lambda line: None)
         save_model(best, folder)
         if best.config.condition_dim and images.val_data is not None:
             log(str(compare_conditions(best.to(trainer.strategy.root_device), images.val_data)))
-        log(written(f"{folder} (from {path})", reconstructions))
+        log(written(folder, checkpoints, reconstructions))
 
     return Run(
         module=module,

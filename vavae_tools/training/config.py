@@ -17,6 +17,7 @@ import yaml
 from vavae_tools.runtime.errors import UserError, is_path, with_home
 
 MAX_TIME = re.compile(r"(\d+)(?::([0-5]\d))?(?::([0-5]\d))?"), "hours:minutes, such as 11:30"
+EXPORT = "last"  # of a denoiser: the least val/loss comes before its images are sharp (60 spectrograms: 52 % accuracy)
 KAGGLE_MINUTES = 12 * 60 - 15  # of a session with a GPU; the last ones are for the cells after training
 
 
@@ -62,6 +63,9 @@ class TrainConfig(SaveConfig):
     early_stopping_patience: int = setting(
         0, "validations without a better value (as of the best checkpoint) until training ends; 0: never", least=0
     )
+    export: str | None = setting(
+        None, "the checkpoint that the result is made of: last, best, or one of this run; null: what suits"
+    )
     previews: int | None = setting(
         8, "grids of samples or reconstructions in all; 0 for none; null: what suits the data", least=0
     )
@@ -87,6 +91,10 @@ class TrainConfig(SaveConfig):
         names += ["accumulate_grad_batches", "log_every_n_steps"]
         chosen = {name: getattr(self, name) for name in names}
         return {**chosen, "gradient_clip_val": self.gradient_clip, **self.trainer}
+
+    def exported(self) -> str:
+        """Return what `export` means: where patience ends a training, what came after its best is worse."""
+        return self.export or ("best" if self.early_stopping_patience else EXPORT)
 
     def length(self) -> dict[str, int]:
         """Return max_steps where it is given, else max_epochs, as `lightning.Trainer` takes them."""

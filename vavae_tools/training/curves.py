@@ -12,7 +12,8 @@ from uuid import uuid4
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 
-from vavae_tools.evaluation.verdicts import judge_losses
+from vavae_tools.checkpoints.resuming import best_checkpoint, checkpoint_info
+from vavae_tools.evaluation.verdicts import judge_losses, memorising_since
 from vavae_tools.plots import as_image, new_figure
 from vavae_tools.runtime.console import for_a_cell, in_notebook, log, show_image
 from vavae_tools.runtime.errors import StoppedAtOnce, UserError, in_home, one_line
@@ -61,6 +62,32 @@ def judge_training(run: str | Path) -> str:
     """Return a sentence on the losses of a run, whose `output_dir` it is: whether it memorises its images."""
     logged, _ = _read(in_home(run))
     return judge_losses(logged.get("train/loss", []), logged.get("val/loss", []))
+
+
+def judge_export(run: Path, made: Path, checkpoint: Path, export: str, monitor: str) -> str:
+    """Return which of a run's checkpoints something was made of, beside its last and best, and why another may fit.
+
+    Args:
+        made, checkpoint: what was made, and of what.
+        export: what asked for that one.
+        monitor: the logged value that the best is chosen by.
+    """
+    logged, _ = _read(run)
+    folder, values = run / "checkpoints", {name: logged[name] for name in (monitor, "val/loss") if name in logged}
+    known = checkpoint, best_checkpoint(folder), folder / "last.ckpt"
+    steps = {path: checkpoint_info(path).step or 0 for path in known}
+
+    def measured(path: Path) -> str:
+        until = {name: [value for step, value in points if step < steps[path]] for name, points in values.items()}
+        found = ", ".join(f"{name} {of[-1]:.4g}" for name, of in until.items() if of)
+        return f"{path.name}, step {steps[path]:,}{': ' if found else ''}{found}"
+
+    why = f"export={export}" if values or export != "best" else "export=best, but no image validates"
+    others = [measured(path) for path in steps if steps[path] != steps[checkpoint]]
+    line = "; ".join([f"{made} is made of {measured(checkpoint)} ({why})", *others])
+    train, val = (logged.get(name, []) for name in ("train/loss", "val/loss"))
+    since = memorising_since(train, val)
+    return line if since is None or steps[checkpoint] <= since + 1 else f"{line}\n{judge_losses(train, val)}"
 
 
 def _finish(ax: "Axes", label: str, values: list[float], marks: dict[int, str | None]) -> None:

@@ -17,7 +17,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from vavae_tools.checkpoints.formats import read_any_format, remove
-from vavae_tools.checkpoints.resuming import check_resumable, former_run, resume_path
+from vavae_tools.checkpoints.resuming import (
+    check_export,
+    check_resumable,
+    exported_checkpoint,
+    former_run,
+    resume_path,
+)
 from vavae_tools.data.loader import OrderedDataModule, loader_faults
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, UserError, check_known, disk_faults, in_home, one_line
@@ -31,7 +37,7 @@ from vavae_tools.training.callbacks.progress import Progress, TrainLog
 from vavae_tools.training.callbacks.record import RunRecord, checkpoint_in
 from vavae_tools.training.callbacks.throughput import Throughput
 from vavae_tools.training.config import SaveConfig, TrainConfig
-from vavae_tools.training.curves import LiveCurves
+from vavae_tools.training.curves import LiveCurves, judge_export
 from vavae_tools.training.devices import allow_tf32, describe, quiet_lightning, trainer_settings
 from vavae_tools.training.memory import memory_faults
 
@@ -49,7 +55,7 @@ class Run:
     config: TrainConfig  # its batch size and length are given
     network: nn.Module  # what is trained, for the line that says so
     what: str  # it is called there, with an article
-    export: Callable[[L.Trainer], None]  # called at the end by the first process; writes what the run was for
+    export: Callable[[L.Trainer, Path], None]  # called by the first process; writes what the run was for
     folder: Path  # where it stands then
     preview: Callable[[Collection[int]], L.Callback] | None = None  # after which epochs → the callback
     monitor: tuple[str, str] = ("val/loss", "min")  # what the best checkpoint is chosen by, where anything validates
@@ -94,6 +100,7 @@ def _train_here(
     with own_run(output_dir, resume, recipe.overwrite, log) as (resume_from, former):
         settings = {**trainer_settings(**recipe.train.of_devices()), "deterministic": None}  # which would hold at once
         _trainer(settings, output_dir, recipe.train.logger)  # what it does not take is said before anything is encoded
+        check_export(output_dir, recipe.train.exported())
         run = build(recipe, output_dir, resume_from, show, log)
         return _train_built(run, output_dir, resume_from, former, log)
 
@@ -177,7 +184,9 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, former: l
             if not (checkpoints / "last.ckpt").exists():
                 raise UserError(nothing)
             log(nothing)
-        run.export(trainer)
+        checkpoint = exported_checkpoint(output_dir, config.exported())
+        run.export(trainer, checkpoint)
+        log(judge_export(output_dir, run.folder, checkpoint, config.exported(), monitor))
     return run.folder
 
 
@@ -205,6 +214,9 @@ class EarlyEnd(EarlyStopping):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict({**state, "patience": self.patience})  # as this run asks for it
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience  # it has ended before
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.wait_count >= self.patience:
