@@ -94,7 +94,9 @@ def check(python: str, packages: Sequence[str], folder: Path) -> list[str]:
     if not run("packages of the set", [*pip, "install", "--quiet", *into, *packages], folder):
         return ["packages of the set"]
     before = installed([*pip, "freeze", *into])
-    if not run("the project", [*pip, "install", "--quiet", *into, "--editable", str(ROOT)], folder):
+    if not run(
+        "the project", [*pip, "install", "--quiet", *into, "--editable", f"{ROOT}[notebooks,kaggle,rae]"], folder
+    ):
         return ["the project"]
     after = installed([*pip, "freeze", *into])
     replaced = [name for name in map(_name, packages) if before[name] != after[name]]

@@ -16,6 +16,11 @@ def main() -> None:
     train(*sys.argv[1:])
 
 
+def fine_tune() -> None:
+    """Fine-tune the VA-VAE as `minimal_training_modification.py` and `vavae-tools finetune` do."""
+    train("experiment=vavae", *sys.argv[1:], output_dir="outputs")
+
+
 def train(*words: str, **defaults: Any) -> None:
     """Do what a command line says: train, or print help or the configuration; `defaults` are keys of the recipe."""
     line = read_command_line(words)

@@ -65,6 +65,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    program = sys.argv[0] if sys.argv[0].startswith("vavae-tools ") else program
     return _Parser(prog=program, description=description, formatter_class=_Help, allow_abbrev=False)
 
 
