@@ -5,12 +5,16 @@ import pytest
 import torch
 from PIL import Image
 from test_sampling import MEAN, STD, best
-from tiny import SIZE, noise, random_images, refuses, same, tiny_pipeline
+from test_writer import together
+from tiny import SIZE, contents, noise, random_images, refuses, same, tiny_pipeline
 
 from vavae_tools.data.images import to_pixels
 from vavae_tools.diffusion.objectives import FlowMatching, make_objective
 from vavae_tools.diffusion.solvers import make_solver, sample, solvers_for
 from vavae_tools.diffusion.variations import Start, invert, slerp
+from vavae_tools.pipelines.classes import load_pipeline
+from vavae_tools.pipelines.writer import write_samples
+from vavae_tools.sample import main
 
 QUICK = {"num_inference_steps": 4, "output_type": "pt"}
 OBJECTIVES = {name: make_objective(name) for name in ("flow_matching", "epsilon", "x0")}
@@ -155,3 +159,100 @@ def test_interpolation_goes_from_the_one_to_the_other(pipe):
 )
 def test_what_cannot_be_varied_is_said(pipe, options, message):
     refuses(message, made, pipe, **options)
+
+
+# ---- of files, by the command
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """pipeline/, people/ID_1/ with two images and people/ID_3/ with one, mask.png, small.png. Do not write into it."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny_pipeline().save_pretrained(folder / "pipeline")
+    for number, name in enumerate(("ID_1/0", "ID_1/1", "ID_3/0")):
+        path = folder / f"people/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(SIZE, SIZE, 3, seed=number)).save(path)
+    HALF.save(folder / "mask.png")
+    HALF.resize((8, 4)).save(folder / "small.png")
+    (folder / "empty").mkdir()
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch, run_main, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    usual = ["--checkpoint", folder / "pipeline", "--num_steps", 3, "--batch_size", 2, "--accelerator", "cpu"]
+    return lambda *words: run_main(main, *usual, *(str(word).replace("@", f"{folder}/") for word in words))
+
+
+def test_images_of_people_are_varied_as_their_own(command, folder, tmp_path):
+    status, said, _ = command("--image", "@people", "--strength", 1e-6, "--output_dir", "own")
+    assert status == 0 and said.startswith("written: 3 images of 2 people")
+    pipe = load_pipeline(folder / "pipeline")
+    for place, label, name in ((0, 0, "ID_1/0"), (1, 0, "ID_1/1"), (0, 2, "ID_3/0")):
+        data = latents_of(pipe, pipe.pixels_of(Image.open(folder / f"people/{name}.png")), [label])
+        decoded = to_pixels(pipe.vae.decode_latents(data, torch.tensor([label])))[0].permute(1, 2, 0)
+        found = np.asarray(Image.open(tmp_path / f"own/ID_{label + 1}/seed0_{place:05d}.png"))
+        assert abs(found.astype(int) - decoded.numpy()).max() <= 1
+    assert command("--image", "@people", "--strength", 1e-6, "--output_dir", "own")[1] == said
+    assert "strength 1e-06 there, 0.6 here" in command("--image", "@people", "--output_dir", "own")[2]
+    assert "another image" in command("--image", "@people/ID_1", "--strength", 1e-6, "--output_dir", "own")[2]
+
+
+def test_noise_alone_is_plain_sampling_and_a_mask_is_passed_on(command, folder, tmp_path):
+    words = "--labels", "ID_2,ID_3", "--num_samples", 5
+    assert command(*words, "--output_dir", "plain")[0] == 0
+    assert command(*words, "--image", "@people/ID_1", "--strength", 1, "--output_dir", "noise")[0] == 0
+    pixels = {path.name: path.read_bytes() for path in (tmp_path / "plain").glob("*/*.png")}
+    assert pixels == {path.name: path.read_bytes() for path in (tmp_path / "noise").glob("*/*.png")}
+    assert command(*words, "--image", "@people/ID_1", "--mask", "@mask.png", "--output_dir", "kept")[0] == 0
+    made = {
+        "num_inference_steps": 3,
+        "mask_image": folder / "mask.png",
+        "batch_size": 2,
+        "image": folder / "people/ID_1",
+    }
+    write_samples(folder / "pipeline", [1, 2, 1, 2, 1], tmp_path / "same", **made)
+    assert contents(tmp_path / "same") == contents(tmp_path / "kept")
+
+
+def test_images_between_two_are_written_by_any_number_of_processes(command, folder, tmp_path):
+    words = "--interpolate", "@people/ID_1/0.png", "@people/ID_3/0.png", "--num_steps", 20
+    status, said, _ = command(*words, "--labels", "ID_2", "--num_samples", 5, "--output_dir", "one")
+    assert status == 0 and said.startswith("written: 5 images of 1 people")
+    pipes, two = [load_pipeline(folder / "pipeline") for _ in range(2)], tmp_path / "two"
+    ends = tuple(folder / f"people/{name}/0.png" for name in ("ID_1", "ID_3"))
+    made = {"num_inference_steps": 20, "batch_size": 2, "interpolate": ends}
+    together(lambda ranks: write_samples(pipes[ranks.rank], [1] * 5, two, ranks=ranks, **made))
+    assert contents(two) == contents(tmp_path / "one")
+    pipe, images = pipes[0], [Image.open(path) for path in ends]
+    expected = pipe.interpolate(1, *images, 5, 20, image_labels=[0, 2], output_type="np").images
+    for number, image in enumerate(expected):
+        found = np.asarray(Image.open(two / f"ID_2/seed0_{number:05d}.png"))
+        assert abs(found.astype(int) - image).max() <= 1
+    assert "between 5 there, 6 here" in command(*words, "--labels", 1, "--num_samples", 6, "--output_dir", "one")[2]
+    assert command(*words, "--output_dir", "eight")[1].startswith("written: 16 images of 2 people")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--strength 0.5", "--strength without --image: name the image"),
+        ("--mask @mask.png", "--mask without --image"),
+        ("--image @nobody.png", "No such image or folder: "),
+        ("--image @empty", "No images (png, jpg, jpeg, bmp, "),
+        ("--image @broken.png", "broken.png"),
+        ("--image @people --strength 0", "strength 0: it is above 0"),
+        ("--image @people --mask @small.png", "small.png has 4×8 pixels, expected 16×16 as the images"),
+        ("--image @people --mask @broken.png", "broken.png"),
+        ("--image @people --mask @nobody.png", "nobody.png"),
+        ("--interpolate @people/ID_1/0.png @people", "interpolate goes from one image to another, and 4 were given"),
+        ("--interpolate @mask.png @mask.png --num_samples 1 --labels 0", "at least the two images themselves"),
+        ("--interpolate @mask.png @mask.png --cfg_scale 2", "--interpolate with --cfg_scale: it goes between two"),
+        ("--interpolate @mask.png @mask.png --image @people", "--interpolate with --image"),
+    ],
+)
+def test_what_cannot_be_made_is_said_in_a_line(command, tmp_path, words, message):
+    status, _, err = command(*words.split(), "--output_dir", "out")
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+    assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 CFG_SCALE, TEXT_CFG_SCALE = 1.25, 7.5
 GUIDE_SCALE = 1.42  # RAE's for 256 pixels
-CLASS_FLAGS = ("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format")
+CLASS_FLAGS = (
+    *("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format"),
+    *("image", "strength", "mask", "interpolate"),
+)
 UNUSED_FLAGS = {
     "LatentDiTPipeline": ("prompt", "negative_prompt"),
     "TextToImagePipeline": CLASS_FLAGS,
@@ -89,13 +92,30 @@ def _write(pipe: Any, options: argparse.Namespace, ranks: "Ranks") -> list[Path]
         settings["guidance_scale"] = TEXT_CFG_SCALE if options.cfg_scale is None else options.cfg_scale
         settings |= {"negative_prompt": options.negative_prompt, "num_samples": options.num_samples}
         return writer.write_prompt_samples(pipe, options.prompt, **settings)
-    who = [item.strip() for item in options.labels.split(",")] if options.labels else sorted(pipe.people.values())
-    who = pipe.labels_of(who)
-    labels = [who[i % len(who)] for i in range(options.num_samples or 100)]
+    labels = _labels(pipe, options)
+    settings |= {"image": options.image, "strength": options.strength, "mask_image": options.mask}
+    settings["interpolate"] = options.interpolate
     settings |= {name: getattr(options, name) for name in ("format", "guidance_channels", "timestep_shift")}
     guide = classes.load_guide(options.guide, pipe, options.weights == "ema") if options.guide else None
     settings |= {"guidance_scale": _scale(options), "guidance_interval": options.cfg_interval or (0.0, 1.0)}
     return writer.write_samples(pipe, labels, names=options.class_list, guide=guide, **settings)
+
+
+def _labels(pipe: Any, options: argparse.Namespace) -> list[int]:
+    """Return whose images are made, one after the other; of given images those of the people whose they are."""
+    who, given = pipe.labels_of(item.strip() for item in options.labels.split(",")) if options.labels else [], None
+    if options.image or options.interpolate:
+        from vavae_tools.pipelines.given import GivenImages
+
+        given = GivenImages(pipe, *(options.interpolate or [options.image]))
+    who = who or sorted(set(given.owners if given else ()) - {-1}) or sorted(pipe.people.values())
+    usual = 100
+    if given:
+        many = {label: 8 if options.interpolate else len(given.places(label)) for label in who}
+        if options.num_samples is None and len(set(many.values())) > 1:
+            return [label for label in who for _ in range(many[label])]
+        usual = sum(many.values())
+    return [who[i % len(who)] for i in range(options.num_samples or usual)]
 
 
 def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str:
@@ -109,7 +129,8 @@ def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str
         return f"written: {len(written):,} images{many} ({written[0]} …), {grid}"
     if options.format == "npz":
         following = f"python evaluator.py REFERENCE.npz {shlex.quote(str(written[0]))} (of ADM's evaluations)"
-        return f"written: {options.num_samples or 100:,} images ({written[0]})\nnext: {following}"
+        many = int(written[0].stem.removeprefix("samples_").partition("x")[0])
+        return f"written: {many:,} images ({written[0]})\nnext: {following}"
     folders, out = sorted({path.parent.name for path in written}), options.output_dir
     data = f"--data_dir {shlex.quote(_data_dir(options))}"
     following = f"python -m vavae_tools.evaluate --generated_dir {shlex.quote(out)} {data}"
@@ -135,12 +156,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="pipeline folder, or a .ckpt of DiT training")
     add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
     add("--run", help="the run's folder of a .ckpt that was copied elsewhere: what it needs is taken from there")
-    add("--num_samples", type=int, help="in all, spread over labels or prompts (default: 100, of prompts one each)")
+    add("--num_samples", type=int, help="in all, spread over labels or prompts (default: 100, of prompts and of each "
+        "person's --image one each, with --interpolate 8 of each person)")
     add("--prompt", nargs="+", help='of text-to-image: what the images shall show, "a small red bird", one or several; '
         "of token images: how texts begin, or questions")
     add("--negative_prompt", help="what guidance leads away from; without it the empty prompt")
     add("--labels", help='who: labels or names with commas, "0,1,2" or "ID_1,ID_2"; without it everybody')
     add("--class_list", type=_names, help="file of folder names in place of the trained ones, by label, a line each")
+    add("--image", help="vary it: an image, or a folder of some, where a person's own are in one of that name")
+    add("--strength", type=float, help="how far from --image: near 0 it stays, 1 is noise alone (default: 0.6, with "
+        "--mask 1)")
+    add("--mask", help="image file, white where something new is made; elsewhere --image stays")
+    add("--interpolate", nargs=2, metavar=("A", "B"), help="make images between two, which are the first and the last")
     add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
     add("--solver", choices=list(SOLVERS), help="one that fits what was trained; without it the pipeline's own: "
         "Euler's, of noise prediction DPM-Solver++, of texts steps with fresh noise")
@@ -170,6 +197,12 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"--num_samples {options.num_samples}: at least one image is needed")
+    without = [name for name in ("strength", "mask") if getattr(options, name) is not None and not options.image]
+    if without:
+        raise UserError(f"--{without[0]} without --image: name the image or the folder that is varied")
+    if options.interpolate and (options.image or options.guide or options.cfg_scale not in (None, 1)):
+        other = "image" if options.image else "guide" if options.guide else "cfg_scale"
+        raise UserError(f"--interpolate with --{other}: it goes between two images without guidance, so leave that out")
     if options.guide and options.cfg_scale is not None:
         instead = "a guide takes the null condition's place, so give its --guide_scale alone"
         raise UserError(f"--cfg_scale {options.cfg_scale:g} with --guide: {instead}")

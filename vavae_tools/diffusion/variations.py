@@ -28,7 +28,7 @@ class Start:
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_strength(self.strength)
+        usual_strength(self.strength)  # which refuses what is none
 
     def __getitem__(self, rows: Any) -> "Start":
         return Start(self.data[rows], self.strength, None if self.mask is None else self.mask[rows])
@@ -63,7 +63,9 @@ class Start:
         return x if self.mask is None else torch.where(self.mask, x, self.noised(noise, t, objective))
 
 
-def check_strength(strength: float) -> float:
+def usual_strength(strength: float | None, mask: Any = None) -> float:
+    """Return the strength, by default 0.6, and with a mask 1, so that nothing of what was there shines through."""
+    strength = (0.6 if mask is None else 1.0) if strength is None else strength
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength:g}: it is above 0, the image itself, and up to 1, noise alone")
     return strength

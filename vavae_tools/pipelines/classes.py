@@ -13,7 +13,7 @@ from torch import Tensor
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching, objective_of
 from vavae_tools.diffusion.solvers import make_solver
-from vavae_tools.diffusion.variations import Start, check_strength, first_order, invert, slerp
+from vavae_tools.diffusion.variations import Start, first_order, invert, slerp, usual_strength
 from vavae_tools.pipelines import base
 from vavae_tools.pipelines.batches import all_finite, in_batches, precision_for
 from vavae_tools.pipelines.inputs import for_each, latent_mask
@@ -99,8 +99,7 @@ class LatentDiTPipeline(base.ImagePipeline):
             mask_image: white where something new is made, in a form of `inputs.latent_mask`; latents of which no pixel
                 is white stay as the image's.
             image_labels: whose images they are, for the autoencoder's vectors; None: those of `labels`.
-            strength: share of the way from the image, near 0, to noise alone, 1; None: 0.6 (as diffusers' for flows),
-                and with a mask 1, so that nothing of what was there shines through.
+            strength: share of the way from the image, near 0, to noise alone, 1; None: `variations.usual_strength`.
             sampling: further arguments of `make`.
         """
         labels = self.labels_of(labels.tolist() if isinstance(labels, Tensor) else labels)
@@ -127,7 +126,7 @@ class LatentDiTPipeline(base.ImagePipeline):
         whose, mask = for_each(whose, len(labels), "image label"), None
         if mask_image is not None:
             mask = for_each(latent_mask(mask_image, self.image_size, self.vae.downsampling), len(labels), "mask")
-        strength = check_strength((0.6 if mask is None else 1.0) if strength is None else strength)
+        strength = usual_strength(strength, mask)
 
         def start(rows: slice) -> Start:
             latents = self.encode_images(pixels[rows], whose[rows])

@@ -167,7 +167,7 @@ class JsonlFile(OneFile):
 
 
 # ---- what a folder's samples follow from
-_MODELS = ("model", "guide", "text encoder")  # settings that are digests
+_MODELS = ("model", "guide", "text encoder", "image", "mask")  # settings that are digests
 _GUIDANCE = {"guidance_scale": "cfg_scale or guide_scale", "guidance_interval": "cfg_interval"}
 _OPTIONS = {"num_inference_steps": "num_steps", **_GUIDANCE}  # settings whose names in the command are others
 

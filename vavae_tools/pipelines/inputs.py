@@ -30,7 +30,7 @@ def pixels_of(image: Any, channels: int, size: tuple[int, int]) -> Tensor:
     return _stacked([one.resize(size[::-1], Image.Resampling.BICUBIC) for one in images])
 
 
-def latent_mask(mask_image: Any, size: tuple[int, int], downsampling: int) -> Tensor:
+def latent_mask(mask_image: Any, size: tuple[int, int], downsampling: int, name: str = "mask_image") -> Tensor:
     """Return where latents are made anew, bool (N, 1, h, w): wherever any of their pixels is white.
 
     Args:
@@ -41,14 +41,14 @@ def latent_mask(mask_image: Any, size: tuple[int, int], downsampling: int) -> Te
         mask = mask_image.reshape(-1, 1, *mask_image.shape[-2:])
         white = mask > (127 if mask.dtype == torch.uint8 else 0.5)
     else:
-        masks = _pillow(mask_image, "mask_image")
+        masks = _pillow(mask_image, name)
         other = [one.size[::-1] for one in masks if one.size[::-1] != size]
         white = torch.zeros(1, 1, *other[0]) > 0 if other else _stacked([one.convert("L") for one in masks]) > 127
     if white.shape[2:] != size:
         (height, width), expected = white.shape[2:], f"{size[0]}×{size[1]} as the images"
-        raise UserError(f"mask_image has {height}×{width} pixels, expected {expected}: resize it (height × width)")
+        raise UserError(f"{name} has {height}×{width} pixels, expected {expected}: resize it (height × width)")
     if not white.flatten(1).any(1).all():
-        raise UserError("mask_image is black everywhere, so nothing would change: paint white what is made anew")
+        raise UserError(f"{name} is black everywhere, so nothing would change: paint white what is made anew")
     return F.max_pool2d(white.float(), downsampling) > 0
 
 

@@ -20,10 +20,12 @@ import torch
 from tqdm.auto import tqdm
 
 from vavae_tools.diffusion.solvers import lay_out
+from vavae_tools.diffusion.variations import first_order, usual_strength
 from vavae_tools.pipelines.base import PLAN, DenoiserPipeline, ImagePipeline, digest_of
 from vavae_tools.pipelines.batches import batch_size_for, move_to_device, precision_for
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.pipelines.formats import RECORD, JsonlFile, NpzFile, PngFolder, PromptPngFolder, SampleFiles, begin
+from vavae_tools.pipelines.given import between_images, from_images
 from vavae_tools.pipelines.text import TextToImagePipeline
 from vavae_tools.pipelines.tokens import Prompt, TokenImagePipeline, as_prompts, check_sampling
 from vavae_tools.runtime.console import BarLines, is_interactive, log
@@ -33,7 +35,7 @@ from vavae_tools.runtime.launch import call_on_ranks, several_processes
 from vavae_tools.runtime.machine import device_of, trying_convolutions
 from vavae_tools.runtime.ranks import Ranks
 
-_PER_SAMPLE_ARGUMENTS = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers")
+_PER_SAMPLE_ARGUMENTS = ("negative", "generators", "prompts", "num_samples", "seed", "batch_size", "numbers", "start")
 
 
 def write_samples(
@@ -44,6 +46,10 @@ def write_samples(
     names: Sequence[str] | None = None,
     format: str = "png",
     overwrite: bool = True,
+    image: str | Path | None = None,
+    strength: float | None = None,
+    mask_image: str | Path | None = None,
+    interpolate: tuple[str | Path, str | Path] | None = None,
     **settings: Any,
 ) -> list[Path]:
     """Make an image for each label, and return the files; those that are there, of the same settings, are kept.
@@ -56,12 +62,16 @@ def write_samples(
             `samples_NxHxWx3.npz` as ADM's evaluator reads it: arr_0 uint8 (N, H, W, 3), arr_1 the labels int64 (N,),
             both in the order of `labels`.
         overwrite: what if the folder holds images of other settings: True replaces them, False raises an error.
+        image: file or folder of images that are varied, `strength` and the file `mask_image` as of the pipeline's call:
+            a person's own, in a folder of that name, where there are some among them, else all in turn.
+        interpolate: two files; each label's images lead from the one to the other, as `pipe.interpolate` makes them.
         settings: arguments of `pipe.make`; batch_size, made at once; both it and the precision are by default as before
             in this folder, or the machine's own; ranks, the processes that share the work; until, the `time.time()`
             from which on no batch is begun: then nothing is returned, and the same call makes the rest.
     """
     if isinstance(pipe, str | Path):
         settings |= {"labels": list(labels), "output_dir": output_dir, "seed": seed, "names": names, "format": format}
+        settings |= {"image": image, "strength": strength, "mask_image": mask_image, "interpolate": interpolate}
         arguments = {"path": pipe, "settings": {**settings, "overwrite": overwrite}}
         if several := several_processes():
             return call_on_ranks(f"{__name__}:_load_and_write", arguments, several)
@@ -77,12 +87,31 @@ def write_samples(
         files = PngFolder(output_dir, paths, {str(label): folders[label] for label in sorted(set(labels))})
     else:
         files = NpzFile(output_dir, labels, seed, pipe.image_size)
-    draws = torch.tensor(labels) * 1_000_003 + torch.tensor(numbers)
+    draws, solver = torch.tensor(labels) * 1_000_003 + torch.tensor(numbers), pipe.scheduler
+    from_given, record = None, {}
+    if image is None and (strength is not None or mask_image is not None):
+        raise UserError(
+            f"{'mask_image' if strength is None else 'strength'} without an image: name one, or leave it out"
+        )
+    if interpolate is not None:
+        if image is not None:
+            raise UserError("image and interpolate: images are varied, or made between two, so give one of them")
+        pipe.scheduler, settings["guidance_scale"] = first_order(solver, pipe.objective), 1.0
+        of_steps = ("num_inference_steps", "timestep_shift", "precision")
+        steps = {name: settings[name] for name in of_steps if name in settings}
+        from_given, record = between_images(pipe, interpolate, labels, **steps)
+    elif image is not None:
+        strength = usual_strength(strength, mask_image)
+        from_given, record = from_images(pipe, image, strength, mask_image)
 
     def asked(start: int, stop: int) -> dict[str, Any]:
-        return {"labels": labels[start:stop], "latents": pipe.noise(seed, draws[start:stop]), "output_type": "pt"}
+        arguments = {"labels": labels[start:stop], "output_type": "pt", "latents": pipe.noise(seed, draws[start:stop])}
+        return arguments if from_given is None else arguments | from_given(labels[start:stop], numbers[start:stop])
 
-    return _write(pipe, files, asked, {}, overwrite=overwrite, **settings)
+    try:
+        return _write(pipe, files, asked, record, overwrite=overwrite, **settings)
+    finally:
+        pipe.scheduler = solver
 
 
 def _load_and_write(path: str | Path, settings: dict[str, Any]) -> list[Path]:
