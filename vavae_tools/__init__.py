@@ -61,6 +61,7 @@ _NAMES = {
     "evaluation.report": "evaluate_images",
     "evaluation.reconstructions": "evaluate_reconstructions evaluate_vavae compare_conditions decode_as_people",
     "evaluation.augmentation": "evaluate_gain",
+    "evaluation.panel": "SamplingPanel",
     "evaluation.verdicts": "judge_vavae",
     "evaluation.texts": "evaluate_tokens",
     "kaggle.session": "push_session pull_session",
