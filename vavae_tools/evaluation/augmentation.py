@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule
 from vavae_tools.evaluation.classifier import default_steps, train_classifier
+from vavae_tools.evaluation.compared import load_images
 from vavae_tools.evaluation.metrics import Interval, aligned, percent, plain
-from vavae_tools.evaluation.report import load_images
 from vavae_tools.plots import plot_intervals, save_figures
 from vavae_tools.runtime.console import print_beside_bars
 from vavae_tools.runtime.errors import UserError, in_home, join_first

@@ -1,39 +1,26 @@
 """Generated images beside real ones: are they the right person, how far off, and are they copies."""
 
-from collections import Counter
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vavae_tools.data.datasets import ImageDataModule
-from vavae_tools.data.folders import IMAGE_EXTENSIONS, contents, list_folders
-from vavae_tools.data.images import DecodedImages, ImageFolder, channels_of, image_errors, to_unit
+from vavae_tools.data.images import to_unit
 from vavae_tools.evaluation import metrics
 from vavae_tools.evaluation.classifier import cached_classifier, train_classifier
+from vavae_tools.evaluation.compared import PersonScore, Sets, Subset, load_images
+from vavae_tools.evaluation.figures import make_figures
 from vavae_tools.evaluation.metrics import aligned, percent
-from vavae_tools.plots import plot_bars, save_figures, show_rows
-from vavae_tools.runtime.errors import UserError, in_home, join_first
+from vavae_tools.plots import save_figures
+from vavae_tools.runtime.errors import in_home, join_first
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.machine import device_of, release_memory
 
-_IMAGES_PER_ROW = 4  # images of each kind beside each other
 _DRAWS = 10  # of sets of equal size
 _MIN_IMAGES = 20  # in each, of which three nearest neighbours tell anything
 _MIN_IMAGES_PER_PERSON = 4  # images of a person that a distance can be measured with
-
-
-@dataclass(frozen=True)
-class PersonScore:
-    """The classifier's accuracy on images of one person or of all; None where it cannot be measured."""
-
-    generated: int
-    generated_accuracy: float | None
-    validation: int
-    validation_accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -137,36 +124,6 @@ class Evaluation:
     __repr__ = __str__
 
 
-class _Subset(NamedTuple):
-    """One set of images and what the classifier makes of them."""
-
-    data: DecodedImages
-    features: Tensor
-    named: Tensor
-    several_persons: bool
-
-    def score(self, label: int | None) -> tuple[int, float | None]:
-        """Return the number of its images, all or of one label, and the accuracy on them."""
-        right = (self.named == self.data.labels)[self.of(label) if label is not None else slice(None)].float()
-        return len(right), right.mean().item() if self.several_persons and len(right) else None
-
-    def of(self, label: int) -> Tensor:
-        """Return the places of a label's images."""
-        return (self.data.labels == label).nonzero().flatten()
-
-
-class _Sets(NamedTuple):
-    labels: dict[str, int]  # by person
-    generated: _Subset
-    train: _Subset
-    validation: _Subset | None
-
-    def score(self, label: int | None) -> PersonScore:
-        """Return what the classifier makes of all images, or of one label's."""
-        real = self.validation.score(label) if self.validation else (0, None)
-        return PersonScore(*self.generated.score(label), *real)
-
-
 def evaluate_images(
     generated_dir: str | Path,
     data_dir: str | Path,
@@ -199,12 +156,12 @@ def evaluate_images(
         # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
         classifier = train_classifier(train, real.num_classes, 0, seed, device, progress=False)
     all_data = generated, train, real.val_data
-    sets = _Sets(labels, *(data and _Subset(data, *classifier.judge(data), several_persons) for data in all_data))
+    sets = Sets(labels, *(data and Subset(data, *classifier.judge(data), several_persons) for data in all_data))
     del classifier
     release_memory()
     people = {name: sets.score(label) for name, label in labels.items() if (generated.labels == label).any()}
     copies, pairs, closest = _check_copies(sets)
-    distances, figures = _distances(sets, seed, notes), _figures(people, sets, closest)
+    distances, figures = _distances(sets, seed, notes), make_figures(people, sets, closest)
     about = str(generated_dir), str(data_dir), str(output_dir), train.image_size, sets.score(None), people
     evaluation = Evaluation(*about, distances, copies, pairs, notes, figures)
     save_figures(evaluation.figures, output_dir / "figures")
@@ -212,46 +169,7 @@ def evaluate_images(
     return evaluation
 
 
-# ---- what is compared
-def load_images(
-    generated_dir: Path, data_dir: str | Path, image_size: int | tuple[int, int] | None, progress: bool, **source: Any
-) -> tuple[ImageDataModule, ImageFolder, list[str]]:
-    """Return real and generated images of one size, and what is to be said about them."""
-    smallest = min(image_size) if isinstance(image_size, tuple) else image_size or 16
-    if smallest < 16:
-        raise UserError(f"image_size {image_size} is too small to tell persons apart: take at least 16 pixels")
-    real = ImageDataModule(data_dir, image_size or smallest, num_workers=0, progress=progress, **source)
-    folders = {name: paths for name, paths in list_folders(generated_dir).items() if paths}
-    if not folders:
-        found = f"No generated images in {generated_dir}; it holds {contents(generated_dir)}. Expected "
-        found += f"{join_first(f'{name}/' for name in real.labels)} with {', '.join(IMAGE_EXTENSIONS)} images"
-        raise UserError(f"{found}, as python -m vavae_tools.sample writes them")
-    if unknown := [name for name in folders if name not in real.labels]:
-        found = f"{generated_dir} has images of {join_first(unknown)}, but {data_dir} knows "
-        found += join_first(real.labels, 8)
-        raise UserError(f"{found}. Rename the folder, or name the data the images were learnt from")
-    notes = []
-    if image_size is None:
-        image_size = _common_size([path for paths in folders.values() for path in paths], notes)
-        real.resize(image_size)
-    if real.channels == 1 and channels_of(generated_dir) == 3:
-        notes.append("the generated images are stored in colour, the real ones in grey: all are compared in grey")
-    return real, ImageFolder(generated_dir, image_size, real.labels, real.channels, progress), notes
-
-
-def _common_size(paths: list[Path], notes: list[str]) -> tuple[int, int]:
-    """Return (height, width) of most of the images."""
-    sizes = Counter()
-    for path in paths:
-        with image_errors(path), Image.open(path) as image:
-            sizes[image.height, image.width] += 1
-    (height, width), _ = sizes.most_common(1)[0]
-    if len(sizes) > 1:
-        notes.append(f"the generated images have {len(sizes)} sizes, all are resized to {height}×{width}")
-    return height, width
-
-
-def _distances(sets: _Sets, seed: int, notes: list[str]) -> SetDistances | None:
+def _distances(sets: Sets, seed: int, notes: list[str]) -> SetDistances | None:
     labels, *subsets = sets
     if sets.validation is None:
         notes.append("no real validation images, so no distances and no accuracy beside (split with --val_ratio)")
@@ -287,7 +205,7 @@ def _mean_intervals(drawn: list[dict[str, metrics.Interval]]) -> dict[str, metri
     return {name: metrics.Interval(*values) for name, values in means.items()}
 
 
-def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
+def _same_mix(subset: Subset, shares: dict[int, int], seed: int) -> Tensor:
     """Return the features of `shares[label]` images of each label, drawn at random."""
     generator, chosen = torch.Generator().manual_seed(seed), []
     for label, n in shares.items():
@@ -296,7 +214,7 @@ def _same_mix(subset: _Subset, shares: dict[int, int], seed: int) -> Tensor:
     return subset.features[torch.cat(chosen)]
 
 
-def _check_copies(sets: _Sets) -> tuple[CopyCheck, list[NearestImage], Tensor]:
+def _check_copies(sets: Sets) -> tuple[CopyCheck, list[NearestImage], Tensor]:
     """Return the check, each generated image's nearest training image, and places (2, N) of both, nearest first."""
     made, known, unseen = sets.generated, sets.train, sets.validation
     places, lengths = metrics.nearest(made.features, known.features)
@@ -314,34 +232,3 @@ def _check_copies(sets: _Sets) -> tuple[CopyCheck, list[NearestImage], Tensor]:
     order = lengths.argsort()
     closest = torch.stack([order, places[order]])
     return CopyCheck(limit, (lengths < limit).float().mean().item(), *of_real), pairs, closest
-
-
-# ---- what is shown
-def _figures(people: dict[str, PersonScore], sets: _Sets, closest: Tensor) -> dict[str, Any]:
-    labels, made, known, unseen = sets
-    shown = list(people)[:: -(-len(people) // 8)]  # no more than 8
-    rows = {name: torch.cat([_some(subset, labels[name]) for subset in (unseen or known, made)]) for name in shown}
-    titles = ["real", *[""] * (_IMAGES_PER_ROW - 1), "generated"]
-    figures = {"real_and_generated": show_rows(rows, titles, gap_after=_IMAGES_PER_ROW)}
-    a, b = closest[:, : 2 * _IMAGES_PER_ROW]
-    first, second, apart = made.data.get_batch(a), known.data.get_batch(b), made.features[a] - known.features[b]
-    name_of = {label: name for name, label in labels.items()}
-    three = zip(first["labels"].tolist(), second["labels"].tolist(), apart.norm(dim=1).tolist(), strict=True)
-    titles = [f"{name_of[one]} / {name_of[other]}\ndistance {length:.2f}" for one, other, length in three]
-    pairs = {"generated": first["images"], "nearest in training": second["images"]}
-    figures["generated_and_nearest"] = show_rows(pairs, titles)
-    if made.several_persons:
-        groups = {"generated": [100 * score.generated_accuracy for score in people.values()]}
-        if unseen is not None:
-            groups = {"real": [100 * (score.validation_accuracy or 0.0) for score in people.values()], **groups}
-        figures["right_person"] = plot_bars(groups, list(people), "accuracy, %")
-    return figures
-
-
-def _some(subset: _Subset, label: int) -> Tensor:
-    """Return a few images of one label, from its first to its last; white where there are too few."""
-    places, data = subset.of(label), subset.data
-    if len(places) > _IMAGES_PER_ROW:
-        places = places[torch.linspace(0, len(places) - 1, _IMAGES_PER_ROW).long()]
-    white = torch.full((_IMAGES_PER_ROW - len(places), data.channels, *data.image_size), 255, dtype=torch.uint8)
-    return torch.cat([data.get_batch(places)["images"], white]) if len(places) else white
