@@ -1,12 +1,12 @@
 """Make the smallest run of each training by its command: the fixtures of tests/test_old_runs.py.
 
 What lies in tests/fixtures/old_runs was written by commit b40a19a, before the trainings became one. It is never made
-again: it shows that runs, checkpoints, pipelines and caches of that day are read and gone on with.
+again: it shows that runs, checkpoints, pipelines and caches of that day are read and resumed.
 
     git worktree add ../then b40a19a && cp benchmarks/old_runs.py ../then/benchmarks/
     cd ../then && python -m benchmarks.old_runs ../old_runs
 
-Each training makes 20 steps, whose end gives the expected numbers. Another session goes on from the checkpoint of step
+Each training makes 20 steps, whose end gives the expected numbers. Another session resumes from the checkpoint of step
 16 and is stopped after one step, in the middle of an epoch, by its time limit: its run is what is kept.
 """
 

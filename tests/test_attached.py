@@ -168,7 +168,7 @@ def test_presets_of_a_card(everything, card):
     assert (whole.dit["hidden_size"], whole.dit["depth"], whole.dit["num_heads"]) == (1152, 28, 16)
     assert (
         said[2].endswith("at 256 px, recipe full")
-        and f"DiT: goes on from {everything.denoiser}" in said[3]
+        and f"DiT: starts from {everything.denoiser}" in said[3]
         and len(said) == 4
     )
     batches = (16, 32) if card in ROOMY else (8, 8) if card == "L4" else (6, 8)
@@ -180,7 +180,7 @@ def test_presets_of_a_card(everything, card):
     [
         ({"vavae"}, "recipe light; attach vgg16-397923af.pth and a folder of DINOv2 for the recipe full"),
         ({"vavae", "lpips"}, "recipe light; attach a folder of DINOv2 for the recipe full"),
-        ({"lpips", "foundation"}, "goes on from the small one in this package"),
+        ({"lpips", "foundation"}, "starts from the small one in this package"),
     ],
 )
 def test_what_is_lacking_is_said(everything, there, said):
@@ -253,7 +253,7 @@ def test_commands_go_on_from_what_is_attached(gait, tmp_path, monkeypatch, capsy
     data = [f"data.data_dir={tmp_path / 'split'}", "train.max_steps=1", "train.previews=0", "train.batch_size=4"]
     run = vt.run_experiment("experiment=vavae", *data, "data.image_size=16", f"output_dir={tmp_path / 'vavae'}")
     said = capsys.readouterr().out
-    assert f"VA-VAE: goes on from {tmp_path}/input/datasets/somebody/vavae/any.pt" in said and "0 unused" in said
+    assert f"VA-VAE: starts from {tmp_path}/input/datasets/somebody/vavae/any.pt" in said and "0 unused" in said
     dirs = f"vavae.source={run}", f"data.latents_dir={tmp_path / 'latents'}", f"output_dir={tmp_path / 'dit'}"
     vt.run_experiment(*data, *dirs, "model.reversed_time=false")
     said = capsys.readouterr().out

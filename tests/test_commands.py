@@ -220,7 +220,7 @@ BAD_TRAINING = {
     TRAIN + " --latents_dir {here}/new init.weights=nowhere.pt": "No checkpoint nowhere.pt",
     TRAIN + " --latents_dir {here}/new model.num_classes=2": "num_classes 2, but 3 in the data",
     TRAIN + " --latents_dir {here}/new --logger nonsense": "No logger 'nonsense' (did you mean none?); there are tens",
-    TRAIN + " --latents_dir {here}/new init.lora_rank=2": "init.lora_rank is of weights to go on from",
+    TRAIN + " --latents_dir {here}/new init.lora_rank=2": "init.lora_rank is of weights to start from",
     TRAIN + " trainer.check_val_every_n_epoch=0": "--check_val_every_n_epoch 0: expected how many, at least one",
     TRAIN + " --latents_dir {here}/new --resume {here}/other.ckpt": "other.ckpt is of another model",
     "--data_dir {split} --vavae {vavae} --latents_dir {here}/file": "file is a file, expected a folder",

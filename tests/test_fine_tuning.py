@@ -77,7 +77,7 @@ def test_stages_go_on_from_each_other_and_from_published_weights(split_dir, publ
     assert (folder / "stage3" / "vavae" / "config.json").is_file()
     told = "\n".join(said)
     for source in (published, *(folder / stage / "checkpoints/last.ckpt" for stage in ("stage1", "stage2"))):
-        assert f"The discriminator goes on from {source}" in told and f"The projection goes on from {source}" in told
+        assert f"The discriminator starts from {source}" in told and f"The projection starts from {source}" in told
     assert "Recipe stage1: l1_weight 1, disc_weight 0.5, kl_weight 1e-06, vf_weight 0.5" in told
     # nothing of stage 1 sees the discriminator, which starts at step 2,500
     trained = last(folder / "stage1")["state_dict"]

@@ -1,7 +1,7 @@
 """Carry a training from one Kaggle session to the next.
 
 push: what the next session needs goes into a private Kaggle dataset (made the first time, then its next version).
-pull: the newest state comes back, from what is attached or by downloading; then --resume last goes on from it.
+pull: the newest state comes back, from what is attached or by downloading; then --resume last resumes from it.
 kernel: a folder for `kaggle kernels push` with a notebook and its kernel-metadata.json, for two T4 without internet.
 wheels: a folder for `kaggle datasets create` with this package and what the image lacks, for sessions without internet.
 """

@@ -156,12 +156,12 @@ def split_state_dict(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     return denoiser, conditioner
 
 
-# ---- weights to go on from
+# ---- weights to start from
 KINDS = {"lightningdit": "LightningDiT", "ddt": "DiT with the wide head", "dit": "DiT"}
 
 
 class StartingWeights(NamedTuple):
-    """Weights to go on from, under our names."""
+    """Weights to start from, under our names."""
 
     source: Path
     kind: str

@@ -261,7 +261,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class InitFrom:
-    """Weights to go on from."""
+    """Weights to start from."""
 
     weights: str | None = setting(None, "a pipeline/ or .ckpt from here, or published weights")
     kind: str | None = setting(None, "of published weights: lightningdit, ddt, dit; null: seen in them")

@@ -351,7 +351,7 @@ experiments (experiment=NAME --help shows its keys):
 {listed}
 
   --config FILE   a YAML file with keys and values, and its experiment under `experiment`
-  --resume PATH   last, a .ckpt, .pth, checkpoint folder or run's folder: go on from there
+  --resume PATH   last, a .ckpt, .pth, checkpoint folder or run's folder to resume
   --print_config  show all that a run would use, and end
 
 keys of {name}, typed as --NAME VALUE or SECTION.NAME=VALUE; in brackets what holds where they are not typed:

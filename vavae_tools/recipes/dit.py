@@ -65,7 +65,7 @@ def encode_split(
     Args:
         vavae_dir: a folder or a `.ckpt`.
         output_dir: each encoding has a folder of its own in it, which is the result's `path`.
-        latents_stats: of published weights to go on from; None: computed on the training subset.
+        latents_stats: of published weights to start from; None: computed on the training subset.
         other_people: take a VA-VAE that was fine-tuned on other people; whom it does not know has no vector.
         attached: folders below which latents may be that are read in place, such as `ProjectPaths.attached`.
     """
@@ -197,7 +197,9 @@ def build_on_latents(
 
     def make(trained: nn.ModuleDict) -> Tensor:
         labels = [label for label, _ in shown for _ in range(COLUMNS)]
-        vae = load_autoencoder(copy).eval().to(next(trained.parameters()).device)  # its memory is training's elsewhen
+        vae = (
+            load_autoencoder(copy).eval().to(next(trained.parameters()).device)
+        )  # training needs its memory at other times
         further = {"people": folder.people, "objective": objective.config}
         pipe = LatentDiTPipeline(vae, **trained, scheduler=make_solver(None, objective), **further)
         pipe.set_progress_bar_config(disable=True)
@@ -314,7 +316,7 @@ def _denoiser_for(shape: tuple[int, ...], num_classes: int, recipe: LatentRecipe
     (channels, height, width), model = shape, recipe.model
     given = [name for name, value in asdict(recipe.init).items() if value != asdict(InitFrom())[name]]
     if given and not recipe.init.weights:
-        raise UserError(f"init.{given[0]} is of weights to go on from: name them as init.weights, or leave it out")
+        raise UserError(f"init.{given[0]} is of weights to start from: name them as init.weights, or leave it out")
     arguments = given_size(model)
     size = [height, width] if height != width or isinstance(model.input_size, list) else height
     fitting = {"in_channels": channels, "input_size": size, "latent_size": [channels, height, width]}

@@ -1,4 +1,4 @@
-"""What a denoiser's training goes on from: weights from here or published ones, all kept but the class table's rows."""
+"""What a denoiser's training starts from: weights from here or published ones, all kept but the class table's rows."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -38,7 +38,7 @@ class Preset:
     dit: dict[str, Any] = field(  # the denoiser: a size by name, or numbers
         default_factory=lambda: {"hidden_size": 192, "depth": 6, "num_heads": 3, "patch_size": 2}
     )
-    dit_init: dict[str, Any] | None = None  # what it goes on from
+    dit_init: dict[str, Any] | None = None  # what it starts from
     dit_steps: int = 4_000
     dit_batch_size: int = 32
     ema_decay: float = 0.999
@@ -80,7 +80,7 @@ def find_preset(
     The lengths on a CPU are measured (README); those on a GPU are estimated from its speed and the models' operations.
 
     Args:
-        weights: from `find_attached_weights`; a GPU is given them to go on from, and lines say what starts from what.
+        weights: from `find_attached_weights`; a GPU is given them to start from, and lines say what starts from what.
         vavae: the VA-VAE where it is decided: "small", in the package, "f16d32", fresh, or what `read_vavae` reads.
     """
     machine = machine or find_machine()
@@ -149,7 +149,7 @@ def going_on(preset: Preset, dit: dict[str, Any], start: dict[str, Any], machine
 def _outlook(
     preset: Preset, weights: AttachedWeights, used: AttachedWeights, from_here: bool, walkers: bool
 ) -> Iterator[str]:
-    """Yield lines about what goes on from weights, what starts anew, and what to attach."""
+    """Yield lines about what starts from weights, what starts anew, and what to attach."""
     if not used.named() and weights.named():
         yield f"Not used {'for simulated walkers' if walkers else 'on a CPU'}: {', '.join(weights.named())}"
     if walkers:
@@ -158,16 +158,16 @@ def _outlook(
         lacking = {"vgg16-397923af.pth": used.lpips, "a folder of DINOv2": used.foundation}
         missing = " and ".join(name for name, path in lacking.items() if path is None)
         losses = f"recipe {preset.recipe}" + (f"; attach {missing} for the recipe full" if missing else "")
-        yield f"VA-VAE: goes on from {used.vavae}, at {preset.image_size} px, {losses}"
+        yield f"VA-VAE: starts from {used.vavae}, at {preset.image_size} px, {losses}"
     elif from_here:
         yield (
-            f"VA-VAE: goes on from the small one in this package, at {preset.image_size} px, as no published one is "
+            f"VA-VAE: starts from the small one in this package, at {preset.image_size} px, as no published one is "
             "attached (960 spectrograms: 35.8 dB at 64 px after 60 epochs, 34.7 at 128 px after 40). For 256 px take a "
             "GPU and attach vavae-imagenet256-f16d32-dinov2.pt, for its recipe full vgg16-397923af.pth and a folder of "
             "DINOv2, for the DiT LightningDiT's .pt"
         )
     if preset.dit_init:
-        yield f"DiT: goes on from {used.denoiser} by low-rank additions (LoRA)"
+        yield f"DiT: starts from {used.denoiser} by low-rank additions (LoRA)"
     else:
         why = " (LightningDiT's latents are others, or peft is not installed)" if used.denoiser else ""
         yield f"DiT: starts anew{why}"

@@ -76,7 +76,9 @@ def build(recipe: TextToImageRecipe, output_dir: Path, resume_from: Path | None,
 
     def make(trained: nn.ModuleDict) -> Tensor:
         device = next(trained.parameters()).device
-        decoder = load_autoencoder(output_dir / "autoencoder").eval().to(device)  # its memory is training's elsewhen
+        decoder = (
+            load_autoencoder(output_dir / "autoencoder").eval().to(device)
+        )  # training needs its memory at other times
         scheduler = make_solver(sampling.solver, objective)
         pipe = TextToImagePipeline(decoder, None, None, **trained, scheduler=scheduler, objective=objective.config)
         rows = torch.arange(len(states))

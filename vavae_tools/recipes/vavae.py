@@ -212,7 +212,7 @@ def _load_auxiliary(module: VAVAEModule, found: VAVAEWeights, log: Log) -> None:
             log(f"The {part} in {found.source} has another form or shape: a fresh one is taken")
         else:
             own.load_state_dict(given)
-            log(f"The {part} goes on from {found.source}")
+            log(f"The {part} starts from {found.source}")
 
 
 def _needs_checkpointing(model: VAVAE, numbers: dict[str, Any], batch_size: int, image_size: Size, log: Log) -> bool:
