@@ -156,6 +156,14 @@ def test_the_best_can_be_what_a_classifier_says(split_dir, vavae_dir, tmp_path):
     assert (tmp_path / "classifier" / "classifier.safetensors").is_file()
 
 
+@pytest.mark.parametrize(("recipe", "monitor"), [("light", "val/reconstruction"), ("vector", "val/loss")])
+def test_the_best_is_with_the_kl_where_that_matters(split_dir, vavae_dir, tmp_path, recipe, monitor):
+    numbers = {"image_size": 16, "batch_size": 24, "max_epochs": 1, "recipe": recipe}
+    fine_tune_vavae(split_dir, tmp_path, vavae_dir, log=lambda line: None, **numbers)
+    (best,) = (tmp_path / "checkpoints").glob("best-*.ckpt")
+    assert any(monitor in key for key in torch.load(best, weights_only=True)["callbacks"])
+
+
 def test_advice_comes_once_and_when_it_is_due():
     said = []
     advice = Advice(said.append)

@@ -14,7 +14,7 @@ NamedSize = Literal["S", "B", "L", "XL"]
 LossRecipe = Literal["light", "vector", "full", "stage1", "stage2", "stage3", "staged"]
 ObjectiveName = Literal["flow_matching", "epsilon", "v_prediction", "v", "sample", "x0"]
 Prompt = str | int | dict[str, str] | list[int | dict[str, str]]  # a text, token numbers, or messages
-Monitor = Literal["reconstruction", "psnr", "ssim", "accuracy", "frechet", "right"]
+Monitor = Literal["reconstruction", "loss", "psnr", "ssim", "accuracy", "frechet", "right"]
 
 OF_LOSSES = "schedule", "warmup_steps", "ema_decay", "gradient_clip", "gradient_checkpointing"  # None: the recipe's
 
@@ -323,7 +323,9 @@ class VAVAERecipe(Recipe):
     data: ImageData = ImageData(crop="none")  # a spectrogram's axes stay whole
     vavae: FineTunedVAVAE = FineTunedVAVAE()
     loss: VAVAELoss = VAVAELoss()
-    monitor: Monitor = setting("reconstruction", "what best-*.ckpt is chosen by")
+    monitor: Monitor | None = setting(
+        None, "what best-*.ckpt is chosen by; null: reconstruction, of the recipe vector loss, with the KL"
+    )
     classifier_dir: str | None = setting(None, "keeps the classifier that watches; null: in the run's folder")
     train: TrainConfig = TrainConfig(**dict.fromkeys(OF_LOSSES), previews=10, export="best")
 

@@ -149,7 +149,9 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
     if images.val_data is not None:
         watching = [ReconstructionWatch(images, recipe.classifier_dir or output_dir / "classifier", seed), Advice(log)]
     shown = images.shown_data.preview_batch(8)
-    watched = {"right": "accuracy"}.get(recipe.monitor, recipe.monitor)  # its name before
+    # with a large KL weight reconstructions are best at first, before the latents have lost anything
+    monitor = recipe.monitor or ("loss" if loss.recipe == "vector" else "reconstruction")
+    watched = {"right": "accuracy"}.get(monitor, monitor)  # its name before
 
     def export(trainer: L.Trainer, checkpoint: Path) -> None:
         best = weights.load_vavae(checkpoint, log=lambda line: None)
@@ -168,7 +170,7 @@ def build(recipe: VAVAERecipe, output_dir: Path, resume_from: Path | None, show:
         export=export,
         folder=folder,
         preview=lambda epochs: ReconstructionPreviews(shown, reconstructions, epochs, show, images.labels),
-        monitor=(f"val/{watched}", "min" if watched in ("reconstruction", "frechet") else "max"),
+        monitor=(f"val/{watched}", "min" if watched in ("reconstruction", "loss", "frechet") else "max"),
         best="best-",
         callbacks=watching,
         recorded={"recipe": loss.recipe, "image_size": image_size},
