@@ -7,7 +7,7 @@ imports torch, so that `--help` answers at once.
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
-from vavae_tools.training.config import TrainConfig, setting
+from vavae_tools.training.config import TrainConfig, WatchedConfig, setting
 
 Size = int | list[int] | None  # one number, or two: (height, width), or those of an encoder and a wide head
 NamedSize = Literal["S", "B", "L", "XL"]
@@ -366,7 +366,7 @@ class LatentRecipe(Recipe):
     objective: Objective = Objective()
     init: InitFrom = InitFrom()
     sampling: ClassSampling = ClassSampling()
-    train: TrainConfig = TrainConfig(ema_decay=None, previews=None)
+    train: WatchedConfig = WatchedConfig(ema_decay=None, previews=None)
 
 
 @dataclass(frozen=True)
@@ -391,7 +391,7 @@ class RAEDiTRecipe(LatentRecipe):
     )
     # RAE's: the squared error alone, times shifted towards noise
     objective: Objective = Objective(cosine_weight=0.0, time_shift=None, largest_noise=0.999)
-    train: TrainConfig = TrainConfig(batch_size=32, max_steps=100_000, lr=2e-4, warmup_steps=5000, ema_decay=0.9995)
+    train: WatchedConfig = WatchedConfig(batch_size=32, max_steps=100_000, lr=2e-4, warmup_steps=5000, ema_decay=0.9995)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from vavae_tools.runtime.machine import find_device, take_card
 from vavae_tools.runtime.ranks import current_ranks, is_rank_zero, rank_zero_first
 from vavae_tools.training.callbacks.previews import SamplePreviews
 from vavae_tools.training.callbacks.record import check_data
+from vavae_tools.training.callbacks.watch import WATCHED_STEPS, SampleWatch
 from vavae_tools.training.config import TrainConfig
 from vavae_tools.training.denoiser_module import DiffusionModule
 from vavae_tools.training.devices import compiles
@@ -148,7 +149,9 @@ def build(recipe: VAVAEDiTRecipe, output_dir: Path, resume_from: Path | None, sh
     check = partial(check_data, resume_from, recipe.train.allow_changes)
     options = {"flips": data.flips, "seed": recipe.seed, "check": check}
     latents = encode_once(model, images, folder, log, vavae.latents_stats, **options)
-    return build_on_latents(recipe, output_dir, resume_from, show, log, autoencoder=model, folder=latents)
+    return build_on_latents(
+        recipe, output_dir, resume_from, show, log, autoencoder=model, folder=latents, images=images
+    )
 
 
 train_vavae_dit = partial(train, build)
@@ -162,11 +165,13 @@ def build_on_latents(
     log: Log,
     autoencoder: nn.Module | str | Path,
     folder: LatentFolder | None = None,
+    images: ImageSetDataModule | None = None,
     **of_run: Any,
 ) -> Run:
     """Return the training of a denoiser on the latents in `folder`, a `Run` with further fields.
 
-    `autoencoder` made them, or, of those in `recipe.data.latents_dir`, is the folder or the `.ckpt` of what did.
+    `autoencoder` made them of `images`, or, of those in `recipe.data.latents_dir`, is the folder or the `.ckpt` of what
+    did.
     """
     config, seed = recipe.train, recipe.seed
     if folder is None:
@@ -195,20 +200,27 @@ def build_on_latents(
     named = sorted((label, name) for name, label in folder.people.items())
     shown = [named[place] for place in spread(ROWS, len(named))]
 
-    def make(trained: nn.ModuleDict) -> Tensor:
-        labels = [label for label, _ in shown for _ in range(COLUMNS)]
-        vae = (
-            load_autoencoder(copy).eval().to(next(trained.parameters()).device)
-        )  # training needs its memory at other times
+    def draw(trained: nn.ModuleDict, labels: list[int], num_steps: int) -> Tensor:
+        # loaded each time, since training needs its memory at other times
+        vae = load_autoencoder(copy).eval().to(next(trained.parameters()).device)
         further = {"people": folder.people, "objective": objective.config}
         pipe = LatentDiTPipeline(vae, **trained, scheduler=make_solver(None, objective), **further)
         pipe.set_progress_bar_config(disable=True)
-        noise, sampling = pipe.noise(seed, torch.arange(len(labels))), recipe.sampling
-        return pipe(labels, sampling.num_steps, sampling.guidance_scale, latents=noise, output_type="pt").images
+        noise, scale = pipe.noise(seed, torch.arange(len(labels))), recipe.sampling.guidance_scale
+        return pipe(labels, num_steps, scale, latents=noise, output_type="pt").images
 
+    of_rows = [label for label, _ in shown for _ in range(COLUMNS)]
+    make = partial(draw, labels=of_rows, num_steps=recipe.sampling.num_steps)
     preview = partial(SamplePreviews, make, COLUMNS, show=show, rows=[name for _, name in shown])
-    data = {"data": latents, "fingerprint": folder.key}
-    return denoiser_run(module, config, output_dir, load_pipeline, preview, log, **data, **of_run)
+    of_run |= {"data": latents, "fingerprint": folder.key}
+    if config.sample_watch:
+        real = _images_of(recipe, folder, autoencoder) if images is None else images
+        few = partial(draw, num_steps=WATCHED_STEPS)
+        home = config.classifier_dir or output_dir / "classifier"
+        of_run["callbacks"] = [SampleWatch(few, real, home, config.sample_watch, seed, log)]
+    if config.monitor != "loss":
+        of_run["monitor"] = f"val/{config.monitor}", "max"
+    return denoiser_run(module, config, output_dir, load_pipeline, preview, log, **of_run)
 
 
 def check_before_encoding(
@@ -227,6 +239,20 @@ def check_before_encoding(
     with torch.device("meta"):
         module = DiffusionModule(network, conditioner, objective, ema_decay=config.ema_decay)
     check_early(module, config, images, resume_from)
+
+
+def _images_of(recipe: LatentRecipe, folder: LatentFolder, autoencoder: nn.Module) -> ImageSetDataModule:
+    """Return the images that latents were made of, as `recipe.data` names them."""
+    if recipe.data.data_dir is None:
+        raise UserError("--sample_watch compares samples with real images: name them, as data_dir=data_split")
+    size = tuple(side * autoencoder.downsampling for side in folder.shape[1:])
+    options = {**recipe.data.arguments(), "image_size": size, "channels": autoencoder.config.in_channels}
+    images = class_data(**options, seed=recipe.seed)
+    if images.labels != folder.people:
+        raise UserError(
+            f"{recipe.data.data_dir} is of other people than the latents in {folder.path}: name their images"
+        )
+    return images
 
 
 def _latents_of(source: str | Path, latents_dir: str | Path) -> tuple[nn.Module, LatentFolder]:

@@ -197,7 +197,7 @@ def build_rae_dit(recipe: RAEDiTRecipe, output_dir: Path, resume_from: Path | No
     rae.to("cpu")  # its memory is training's
     release_memory()
     recipe = replace(recipe, data=replace(data, num_workers=0))
-    return build_on_latents(recipe, output_dir, resume_from, show, log, rae, latents, logged=logged)
+    return build_on_latents(recipe, output_dir, resume_from, show, log, rae, latents, images, logged=logged)
 
 
 train_rae_dit = partial(train, build_rae_dit)

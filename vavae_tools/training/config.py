@@ -123,6 +123,21 @@ def session_end(
     return time.time() + seconds if seconds else None
 
 
+@dataclass(frozen=True)
+class WatchedConfig(TrainConfig):
+    """Of a denoiser whose samples a classifier can judge."""
+
+    sample_watch: int = setting(0, "validations, spread evenly, at which a few samples are judged; 0: none", least=0)
+    monitor: Literal["loss", "sample_accuracy", "usable"] = setting(
+        "loss", "what the best checkpoint is chosen by; usable: samples of the right person that are no copies"
+    )
+    classifier_dir: str | None = setting(None, "keeps the classifier that judges them; null: in the run's folder")
+
+    def __post_init__(self) -> None:
+        if self.monitor != "loss" and not self.sample_watch:
+            raise UserError(f"--monitor {self.monitor} is measured on samples: add --sample_watch 10, or as often")
+
+
 class Setting(NamedTuple):
     kinds: tuple[Any, ...]  # types that it takes, `Literal`s among them
     default: Any

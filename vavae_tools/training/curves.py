@@ -29,6 +29,8 @@ PANELS = {
     "PSNR, dB": {"val/psnr": "validation"},
     "accuracy": {"val/accuracy": "reconstructions", "val/real_accuracy": "originals"},
     "Fréchet ratio": {"val/frechet_ratio": "to the originals' distance"},
+    "samples": {"val/sample_accuracy": "accuracy", "val/copies": "suspected copies", "val/usable": "usable"},
+    "nearest training image": {"val/nearest_ratio": "distance, times validation images'"},
     "learning rate": {"train/lr": "learning rate"},
 }
 """What is plotted where it is logged: the axis' name → the logged value → its line's name."""

@@ -33,7 +33,7 @@ from vavae_tools.runtime.machine import keep_freed_memory, release_memory
 from vavae_tools.runtime.ranks import is_rank_zero
 from vavae_tools.training.callbacks.checkpointing import AtomicCheckpointIO, checkpoint_callbacks
 from vavae_tools.training.callbacks.previews import preview_epochs
-from vavae_tools.training.callbacks.progress import Progress, TrainLog
+from vavae_tools.training.callbacks.progress import Progress, TrainLog, is_measured
 from vavae_tools.training.callbacks.record import RunRecord, checkpoint_in
 from vavae_tools.training.callbacks.throughput import Throughput
 from vavae_tools.training.config import SaveConfig, TrainConfig
@@ -162,7 +162,7 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, former: l
 
     validates = bool(data.val_data)
     monitor, mode = run.monitor
-    _check_early_stopping(config, data)
+    _check_validated(config, data)
     callbacks += checkpoint_callbacks(checkpoints, monitor if validates else None, config, mode, best=run.best)
     if config.early_stopping_patience:
         callbacks.append(EarlyEnd(monitor, mode, config.early_stopping_patience, log))
@@ -194,7 +194,7 @@ def check_early(
     module: L.LightningModule, config: TrainConfig, data: OrderedDataModule, resume_from: Path | None
 ) -> None:
     """Raise where training cannot resume or end as asked, before anything is encoded; `data` as it will be."""
-    _check_early_stopping(config, data)
+    _check_validated(config, data)
     check_resumable(resume_from, module)
     if config.batch_size:  # else it is yet to be found
         settings, data = module.trainer_settings(**config.of_devices()), copy.copy(data)
@@ -202,9 +202,10 @@ def check_early(
         data.keep_batch(checkpoint_in(resume_from), settings["devices"] * settings["num_nodes"])
 
 
-def _check_early_stopping(config: TrainConfig, data: OrderedDataModule) -> None:
-    if config.early_stopping_patience and not data.val_data:
-        raise UserError("--early_stopping_patience needs images that validate, such as data.val_share=0.05")
+def _check_validated(config: TrainConfig, data: OrderedDataModule) -> None:
+    for name in ("early_stopping_patience", "sample_watch"):
+        if getattr(config, name, 0) and not data.val_data:
+            raise UserError(f"--{name} needs images that validate, such as data.val_share=0.05")
 
 
 class EarlyEnd(EarlyStopping):
@@ -217,6 +218,10 @@ class EarlyEnd(EarlyStopping):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience  # it has ended before
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if is_measured(trainer, self.monitor):
+            super().on_validation_end(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.wait_count >= self.patience:

@@ -23,6 +23,7 @@ from vavae_tools.checkpoints.resuming import keep_newest
 from vavae_tools.runtime.console import log
 from vavae_tools.runtime.errors import Stopped, StoppedAtOnce, UserError
 from vavae_tools.runtime.files import atomic_write
+from vavae_tools.training.callbacks.progress import is_measured
 from vavae_tools.training.config import SaveConfig, session_end
 from vavae_tools.training.lightning_inside import leave_sigterm_to_us, reopen_epoch
 
@@ -110,6 +111,10 @@ class BestCheckpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, module, stage)
         self._trainer = trainer
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if is_measured(trainer, self.monitor):
+            super().on_validation_end(trainer, module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         former = state_dict.get("best_k_models", {})

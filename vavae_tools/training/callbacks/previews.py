@@ -1,8 +1,9 @@
 """Images while training: reconstructions beside their originals, samples of persons from fixed noise."""
 
 import re
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -36,6 +37,32 @@ def preview_epochs(epochs: int, count: int) -> list[int]:
     return sorted({max(1, round(epochs / ratio**i)) for i in range(count)})
 
 
+@contextmanager
+def looking_on(trainer: L.Trainer, module: L.LightningModule, what: str) -> Iterator[None]:
+    """Put a module into evaluation mode; an error in this block is said in a line, and ends no training."""
+    training = module.training
+    module.eval()
+    release_memory()  # what training keeps for its next step, images may take meanwhile
+    try:
+        yield
+    except StoppedAtOnce:
+        raise
+    except Exception as error:  # of any kind: hours of training are worth more than its images
+        log(f"{what} left out at step {trainer.global_step:,} ({type(error).__name__}: {one_line(error, 200)})")
+    finally:
+        module.train(training)
+        release_memory()
+
+
+def made_by_some(trainer: L.Trainer, make: Callable[[], Tensor], what: str) -> Tensor | None:
+    """Return images; None in processes that leave it to the first one: those that share a model make them together."""
+    together = isinstance(trainer.strategy, ModelParallelStrategy)
+    if not trainer.is_global_zero and not together:
+        return None
+    with torch.inference_mode(), failing_together(what) if together else nullcontext():
+        return make()
+
+
 class Previews(L.Callback):
     """Write a grid of images as `NAME-STEP.png` to `folder` and to the loggers, and hand it to `show`, uint8 (3, H, W).
 
@@ -64,24 +91,10 @@ class Previews(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.current_epoch + 1 not in self.epochs and not _is_last(trainer):
             return
-        together = isinstance(trainer.strategy, ModelParallelStrategy)
-        if not trainer.is_global_zero and not together:
-            return  # of several processes one makes the images, but those that share a model make them together
-        training = module.training
-        module.eval()
-        release_memory()  # what training keeps for its next step, images may take meanwhile
-        try:
-            with torch.inference_mode(), failing_together("A preview") if together else nullcontext():
-                images = self.images(module)
-            if trainer.is_global_zero:
+        with looking_on(trainer, module, "preview"):
+            images = made_by_some(trainer, partial(self.images, module), "A preview")
+            if images is not None and trainer.is_global_zero:
                 self.keep(trainer, images)
-        except StoppedAtOnce:
-            raise
-        except Exception as error:  # of any kind: hours of training are worth more than its images
-            log(f"preview left out at step {trainer.global_step:,} ({type(error).__name__}: {one_line(error, 200)})")
-        finally:
-            module.train(training)
-            release_memory()
 
     def keep(self, trainer: L.Trainer, images: Tensor) -> None:
         grid, step = image_grid(images, self.columns), trainer.global_step

@@ -47,7 +47,14 @@ def is_written(trainer: L.Trainer) -> bool:
 
 
 NAME = "train.log"
-LOGGED_METRICS = ("train/loss", "val/loss", "val/psnr", "val/accuracy", "val/frechet_ratio")
+SAMPLE_METRICS = ("val/sample_accuracy", "val/nearest_ratio", "val/copies", "val/usable")
+"""Of samples that a `SampleWatch` judges, at some validations."""
+LOGGED_METRICS = ("train/loss", "val/loss", "val/psnr", "val/accuracy", "val/frechet_ratio", *SAMPLE_METRICS)
+
+
+def is_measured(trainer: L.Trainer, name: str) -> bool:
+    """Return whether the validation that ends has this value, which samples are not judged for at each of them."""
+    return name not in SAMPLE_METRICS or name in trainer.callback_metrics
 
 
 def losses(metrics: Mapping[str, Any], names: Sequence[str], form: str) -> str:
