@@ -70,7 +70,13 @@ def main() -> None:
 
             with TemporaryDirectory() as name, mock.patch.object(VAVAE, "_through", through):
                 start = "small" if channels == 8 else started_from_small(channels, Path(name) / "start")
-                settings = {"kl_weight": kl, "max_epochs": options.epochs, "batch_size": 32, "previews": 0}
+                settings = {
+                    "kl_weight": kl,
+                    "max_epochs": options.epochs,
+                    "batch_size": 32,
+                    "previews": 0,
+                    "monitor": "loss",
+                }
                 settings |= {"classifier_dir": folder, "image_size": options.image_size, "log": lambda line: None}
                 made = fine_tune_vavae(options.data_dir, Path(name) / "run", start, **settings)
                 model = load_vavae(made, log=lambda line: None).eval()
