@@ -157,7 +157,7 @@ def test_people_by_label_and_by_name(pipe):
     for label, message in (
         (3, "Label 3 does not exist: labels go from 0 to 2"),
         ("-1", "Label -1 does not exist"),
-        ("ID_4", "Nobody called 'ID_4'; there are ID_1, ID_2, ID_3"),
+        ("id_2", r"Nobody called 'id_2' \(did you mean ID_2\?\); there are ID_1, ID_2, ID_3"),
         ("²", "Nobody called '²'"),
     ):
         refuses(message, pipe, [0, label], **QUICK)
@@ -240,6 +240,9 @@ def test_what_cannot_be_loaded_is_said(pipe, run_folder, tmp_path):
     weights = tmp_path / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     refuses("cannot be read", load_pipeline, tmp_path / "pipeline")
+    weights.unlink()
+    shutil.rmtree(tmp_path / "pipeline" / "vae")
+    refuses("lacks denoiser/, vae/, or its weights: copy the whole", load_pipeline, tmp_path / "pipeline")
     whole = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     for settings, said in (
         (whole["hyper_parameters"], r"a\.ckpt \(ema\.network\.denoiser\.\*\) lacks"),

@@ -62,8 +62,8 @@ class SamplingPanel:
             options=own + [(n, n) for n in solvers_for(pipe.objective)], description="solver"
         )
         self.make_button = widgets.Button(description="Make", icon="refresh", button_style="primary")
-        self.nearest = widgets.ToggleButton(description="nearest real image")
-        self.save_button = widgets.Button(description="Save what is kept", icon="save")
+        self.nearest = widgets.ToggleButton(description="Nearest real")
+        self.save_button = widgets.Button(description="Save the kept", icon="save")
         self.code, self.message = widgets.HTML(), widgets.HTML()
         self.grid = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
         self.marks: list[widgets.ToggleButton] = []
@@ -139,7 +139,7 @@ class SamplingPanel:
             captions = [widgets.Label(title) for title in titles[place : place + 1]]
             columns.append(widgets.VBox([shown[0], mark, *shown[1:], *captions]))
         self.grid.children = columns
-        self._figure = show_rows({name: row[:8] for name, row in rows.items()}, titles[:8])
+        self._figure = show_rows({name: row[:8] for name, row in rows.items()}, titles[:8], size=0.6)
         if self._copy is not None:
             self._copy.update(self._figure)
 

@@ -172,11 +172,20 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
         if home.startswith("vavae_tools.autoencoders."):
             with suppress(ImportError):
                 import_module(home)
+    parts = [n for n, of in index.items() if isinstance(of, list) and len(of) == 2 and isinstance(of[0], str)]
+    if lacking := [f"{name}/" for name in parts if name not in options and _lacks(path / name)]:
+        raise UserError(f"The pipeline {path} lacks {', '.join(lacking)}, or its weights: copy the whole folder again")
     try:  # without low_cpu_mem_usage it does not ask for a package that is of no use here
         with silent_loading():
             return kind.from_pretrained(path, low_cpu_mem_usage=False, **options)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"The pipeline {path} cannot be read ({one_line(error, 200)}): copy it again") from None
+
+
+def _lacks(part: Path) -> bool:
+    """Return whether a part of a pipeline is not there, or is a model without weights."""
+    has_weights = any(file.suffix in (".safetensors", ".bin") for file in part.iterdir()) if part.is_dir() else False
+    return not part.is_dir() or ((part / "config.json").is_file() and not has_weights)
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

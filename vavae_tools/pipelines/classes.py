@@ -17,7 +17,7 @@ from vavae_tools.diffusion.variations import Start, first_order, invert, slerp, 
 from vavae_tools.pipelines import base
 from vavae_tools.pipelines.batches import all_finite, in_batches, precision_for
 from vavae_tools.pipelines.inputs import for_each, latent_mask
-from vavae_tools.runtime.errors import UserError, in_home, join_first
+from vavae_tools.runtime.errors import UserError, in_home, join_first, nearest_named
 
 Guide = tuple[ModelMixin, ClassConditioner]  # a weaker denoiser of the same latents and classes, for autoguidance
 
@@ -59,7 +59,9 @@ class LatentDiTPipeline(base.ImagePipeline):
         for item in wanted:
             by_name = isinstance(item, str) and not item.removeprefix("-").isdecimal()
             if by_name and item not in people:
-                raise UserError(f"Nobody called {item!r}; there are {join_first(people, 12)}")
+                raise UserError(
+                    f"Nobody called {item!r}{nearest_named(item, people)}; there are {join_first(people, 12)}"
+                )
             labels.append(people[item] if by_name else int(item))
             if not 0 <= labels[-1] <= most:
                 raise UserError(f"Label {labels[-1]} does not exist: labels go from 0 to {most}")

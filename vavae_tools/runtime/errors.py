@@ -125,9 +125,14 @@ def check_known(what: str, name: Any, known: Iterable[Any], of: str = "") -> Non
     """Raise a `UserError` with what there is, and what may be meant, where a name is none of those known."""
     known = list(map(str, known))
     if str(name) not in known:
-        nearest = get_close_matches(str(name), known, 1)
-        meant = f" (did you mean {nearest[0]}?)" if nearest else ""
-        raise UserError(f"No {what} {name!r}{of}{meant}; there are {', '.join(known)}")
+        raise UserError(f"No {what} {name!r}{of}{nearest_named(str(name), known)}; there are {', '.join(known)}")
+
+
+def nearest_named(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean X?)" with the nearest name that is known, or "" where none is near."""
+    small = {word.casefold(): word for word in known}
+    nearest = get_close_matches(name.casefold(), small, 1)
+    return f" (did you mean {small[nearest[0]]}?)" if nearest else ""
 
 
 def join_first(words: Iterable, most: int = 3) -> str:
