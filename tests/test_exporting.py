@@ -105,6 +105,7 @@ def test_patience_exports_the_best_and_a_resumed_run_stays_ended(latents_dir, va
     assert run.line.endswith(f"pipeline is made of {OF_BEST} (export=best); {OF_LAST}") and run.is_of(run.best)
     run(max_epochs=7, early_stopping_patience=2, resume="last", export="last")
     assert f"pipeline is made of {OF_LAST} (export=last); {OF_BEST}" in run.line and run.is_of(last)
+    assert any("is at step 16 of 28; take a larger --early_stopping_patience" in line for line in run.said)
     run(max_epochs=7, early_stopping_patience=3, resume="last")
     assert any(line.startswith("Ended early, after step 20: ") for line in run.said), "its patience is this run's"
 

@@ -180,7 +180,9 @@ def _train_built(run: Run, output_dir: Path, resume_from: Path | None, former: l
     if trainer.is_global_zero:
         if trainer.global_step == begun:
             done = f"{resume_from} is at step {begun:,} of {steps:,}"
-            nothing = f"Nothing is left to train: {done}; take more --max_steps or --max_epochs"
+            early = config.early_stopping_patience and begun < steps
+            more = "a larger --early_stopping_patience" if early else "more --max_steps or --max_epochs"
+            nothing = f"Nothing is left to train: {done}; take {more}"
             if not (checkpoints / "last.ckpt").exists():
                 raise UserError(nothing)
             log(nothing)
