@@ -3,7 +3,7 @@
 import pytest
 
 from vavae_tools.evaluation.reconstructions import ConditionComparison, ConditionScore, ReconstructionScores
-from vavae_tools.evaluation.verdicts import judge_losses, judge_vavae
+from vavae_tools.evaluation.verdicts import judge_losses, judge_vavae, memorising_since
 from vavae_tools.runtime.errors import UserError
 from vavae_tools.training.curves import judge_training
 
@@ -78,6 +78,11 @@ FALLS, RISES = [(i, 1 - i / 100) for i in range(40)], [(i, 1 + i / 100) for i in
 )
 def test_a_validation_loss_that_rose(train, val, sentence):
     assert sentence in judge_losses(train, val)
+
+
+def test_nothing_is_memorised_where_nothing_validates():
+    assert memorising_since(FALLS, []) is None
+    assert memorising_since(FALLS, [(9, 2.0), (19, 1.0), (39, 1.06)]) == 19
 
 
 def test_the_losses_of_a_run_are_read_from_its_log(tmp_path):

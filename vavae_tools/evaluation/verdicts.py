@@ -1,7 +1,5 @@
 """Verdicts on a training: a sentence each, with its threshold and what to change next. The thresholds are here."""
 
-import math
-
 from vavae_tools.evaluation.metrics import percent
 from vavae_tools.evaluation.reconstructions import ConditionComparison, ReconstructionScores
 
@@ -58,7 +56,9 @@ def _vectors(own: float, anothers: float) -> str:
 
 def memorising_since(train: Points, val: Points) -> int | None:
     """Return the step of the least validation loss where it rose from there as the training loss fell, else None."""
-    best, least = min(val, key=lambda point: point[1], default=(0, math.inf))
+    if not val:
+        return None
+    best, least = min(val, key=lambda point: point[1])
     later = [value for step, value in train if step > best]
     before = [value for step, value in train if step <= best][-len(later) :]  # as many as later, where there are
     falls = bool(later and before) and sum(later) / len(later) < sum(before) / len(before)
