@@ -76,6 +76,8 @@ def test_the_noise_of_data_is_found_and_makes_them(name):
     found = [invert(*given, objective=objective, rounds=rounds) for rounds in (1, 3, 10)]
     errors = [(sampled(name, step, None, 10, z) - DATA).abs().max() for z in found]
     assert errors[1] < errors[0] / 5 and errors[2] < 1e-3
+    x = invert(*given, 0.5, objective=objective, rounds=10)
+    torch.testing.assert_close(sampled(name, step, Start(None, 0.5), 10, x), DATA, rtol=0, atol=1e-3)
 
 
 def test_an_arc_ends_at_its_ends_and_keeps_the_length_of_noise():
@@ -127,10 +129,11 @@ def test_what_a_mask_keeps_is_kept(pipe, monkeypatch):
     assert (seen[-1] != data).nonzero()[:, 2:].unique(dim=0).tolist() == [[2, 4]]
 
 
-def test_interpolation_goes_from_the_one_to_the_other(pipe):
+@pytest.mark.parametrize("strength", [0.8, 1.0])
+def test_interpolation_goes_from_the_one_to_the_other(pipe, strength):
     other = Image.fromarray(noise(SIZE, SIZE, 3, seed=2))
     pipe.swap_solver("heun")
-    between = pipe.interpolate("ID_2", GIVEN, other, 5, 20, output_type="pt").images
+    between = pipe.interpolate("ID_2", GIVEN, other, 5, 20, strength, output_type="pt").images
     assert type(pipe.scheduler).__name__ == "FlowMatchHeunDiscreteScheduler"  # as it was
     pipe.swap_solver("euler")
     for image, at in ((GIVEN, 0), (other, -1)):

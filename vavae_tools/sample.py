@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--class_list", type=_names, help="file of folder names in place of the trained ones, by label, a line each")
     add("--image", help="vary it: an image, or a folder of some, where a person's own are in one of that name")
     add("--strength", type=float, help="how far from --image: near 0 it stays, 1 is noise alone (default: 0.6, with "
-        "--mask 1)")
+        "--mask 1, with --interpolate 0.8)")
     add("--mask", help="image file, white where something new is made; elsewhere --image stays")
     add("--interpolate", nargs=2, metavar=("A", "B"), help="make images between two, which are the first and the last")
     add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
@@ -197,9 +197,9 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"--num_samples {options.num_samples}: at least one image is needed")
-    without = [name for name in ("strength", "mask") if getattr(options, name) is not None and not options.image]
-    if without:
-        raise UserError(f"--{without[0]} without --image: name the image or the folder that is varied")
+    without = "mask" if options.mask else "strength" if options.strength is not None and not options.interpolate else ""
+    if without and not options.image:
+        raise UserError(f"--{without} without --image: name the image or the folder that is varied")
     if options.interpolate and (options.image or options.guide or options.cfg_scale not in (None, 1)):
         other = "image" if options.image else "guide" if options.guide else "cfg_scale"
         raise UserError(f"--interpolate with --{other}: it goes between two images without guidance, so leave that out")

@@ -271,7 +271,7 @@ def sample(
     x = noise = noise.float() * (1.0 if flow else solver.init_noise_sigma)
     if start is not None:
         of_start, times = objective or objective_of(scheduler), start.cut(solver, times)
-        x = noise if start.strength == 1 else start.noised(noise, [*times, 1.0][0], of_start)
+        x = start.first(noise, [*times, 1.0][0], of_start)
     for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
         prediction = guided_prediction(denoiser, x, t, conditioning, null, guidance_scale, **guidance)
         # in float32 whatever is set around it, and not waiting for the card

@@ -18,12 +18,12 @@ class Start:
     """What `solvers.sample` begins with beside noise.
 
     Args:
-        data: normalised latents (B, C, h, w).
+        data: normalised latents (B, C, h, w); None: what it is given as noise is x at the start already.
         strength: where it begins, 1 − t: near 0 the data, 1 noise alone; on a schedule the step nearest to it.
         mask: bool (B, 1, h, w), true where something new is made; elsewhere the data come out bit by bit.
     """
 
-    data: Tensor
+    data: Tensor | None
     strength: float = 1.0
     mask: Tensor | None = None
 
@@ -31,7 +31,8 @@ class Start:
         usual_strength(self.strength)  # which refuses what is none
 
     def __getitem__(self, rows: Any) -> "Start":
-        return Start(self.data[rows], self.strength, None if self.mask is None else self.mask[rows])
+        data, mask = (given if given is None else given[rows] for given in (self.data, self.mask))
+        return Start(data, self.strength, mask)
 
     def cut(self, solver: SchedulerMixin, times: list[float]) -> list[float]:
         """Leave out the steps before the start in a solver that is laid out, and return the times that are left."""
@@ -53,6 +54,10 @@ class Start:
             solver.sigmas[1] = solver.sigmas[:3:2].mean()
         return [1 - sigma for sigma in solver.sigmas[: len(solver.timesteps)].tolist()]
 
+    def first(self, noise: Tensor, t: float, objective: Objective) -> Tensor:
+        """Return the x to begin with, at the first of the times that are left."""
+        return noise if self.strength == 1 or self.data is None else self.noised(noise, t, objective)
+
     def noised(self, noise: Tensor, t: float, objective: Objective) -> Tensor:
         """Return the data as they are at time t, with this noise."""
         data = self.data.float()
@@ -63,9 +68,9 @@ class Start:
         return x if self.mask is None else torch.where(self.mask, x, self.noised(noise, t, objective))
 
 
-def usual_strength(strength: float | None, mask: Any = None) -> float:
-    """Return the strength, by default 0.6, and with a mask 1, so that nothing of what was there shines through."""
-    strength = (0.6 if mask is None else 1.0) if strength is None else strength
+def usual_strength(strength: float | None, mask: Any = None, usual: float = 0.6) -> float:
+    """Return the strength, by default diffusers' 0.6 for flows, and with a mask 1: no trace of what was there."""
+    strength = (usual if mask is None else 1.0) if strength is None else strength
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength:g}: it is above 0, the image itself, and up to 1, noise alone")
     return strength
@@ -83,18 +88,20 @@ def invert(
     data: Tensor,
     conditioning: Any,
     num_inference_steps: int = 50,
+    strength: float = 1.0,
     timestep_shift: float | None = None,
     objective: Objective | None = None,
     rounds: int = 3,
 ) -> Tensor:
-    """Return the noise (B, C, h, w), float32, that `first_order` of the scheduler takes to these latents.
+    """Return x (B, C, h, w), float32, which `first_order` of the scheduler takes to these latents; at 1 it is noise.
 
     A step back solves y = a·x + b·prediction(x) for x by `rounds` of fixed-point iteration (Pan et al. 2023): one is
-    DDIM's own inversion. Other arguments are those of `solvers.sample`.
+    DDIM's own inversion. Other arguments are those of `Start` and `solvers.sample`.
     """
     objective = objective or solvers.objective_of(scheduler)
     one_step = first_order(scheduler, objective)
-    _, times = solvers.lay_out(one_step, num_inference_steps, timestep_shift, objective=objective)
+    laid_out = solvers.lay_out(one_step, num_inference_steps, timestep_shift, objective=objective)
+    times = Start(None, strength).cut(*laid_out)
     flow, model, x = objective.path != "discrete", objective.as_solver_input(denoiser), data.float()
     for t, later in reversed([*pairwise([*times, 1.0])]):
         (alpha, sigma), (to_alpha, to_sigma) = ([share.item() for share in _shares(objective, at)] for at in (t, later))

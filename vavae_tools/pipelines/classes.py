@@ -92,7 +92,8 @@ class LatentDiTPipeline(base.ImagePipeline):
 
         Args:
             generator: of the noise, one for all or one for each image.
-            latents: noise to start from, (len(labels), C, h, w), in place of a generator's.
+            latents: noise to start from, (len(labels), C, h, w), in place of a generator's; with a strength and
+                without an image they are on the way already, as `invert` returns them.
             batch_size: images made at once, halved where memory runs out; None: by the memory there is. It changes
                 memory and speed, not the images.
             output_type: "pil" (grey ones have mode L), "pt" for uint8 (N, C, H, W), "np" for uint8 (N, H, W, C).
@@ -106,7 +107,7 @@ class LatentDiTPipeline(base.ImagePipeline):
         """
         labels = self.labels_of(labels.tolist() if isinstance(labels, Tensor) else labels)
         sampling |= {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        given = self._given(labels, image, mask_image, image_labels, strength)
+        given = self._given(labels, image, mask_image, image_labels, strength, on_the_way=latents is not None)
 
         def make(rows: slice, noise: Tensor) -> Tensor:
             start = given and given(rows)
@@ -115,11 +116,20 @@ class LatentDiTPipeline(base.ImagePipeline):
         return self._images(self._noise(len(labels), latents, generator), make, batch_size, output_type)
 
     def _given(
-        self, labels: list[int], image: Any, mask_image: Any, image_labels: Any, strength: float | None
+        self,
+        labels: list[int],
+        image: Any,
+        mask_image: Any,
+        image_labels: Any,
+        strength: float | None,
+        on_the_way: bool,
     ) -> Callable[[slice], Start] | None:
         """Return what tells the start of some rows, or None without an image."""
         if image is None:
-            of_image = {"mask_image": mask_image, "image_labels": image_labels, "strength": strength}
+            of_image = {"mask_image": mask_image, "image_labels": image_labels}
+            if strength is not None and on_the_way:
+                return lambda rows: Start(None, strength)
+            of_image["strength"] = strength
             if unused := [name for name, value in of_image.items() if value is not None]:
                 raise UserError(f"{unused[0]} without an image: give image, too, or leave it out")
             return None
@@ -144,6 +154,7 @@ class LatentDiTPipeline(base.ImagePipeline):
         image2: Any,
         num_images: int = 8,
         num_inference_steps: int = 50,
+        strength: float = 0.8,
         *,
         image_labels: Iterable[int | str] | None = None,
         timestep_shift: float | None = None,
@@ -152,11 +163,12 @@ class LatentDiTPipeline(base.ImagePipeline):
     ) -> ImagePipelineOutput:
         """Make images of one person from one image to another, which are the first and the last.
 
-        They begin with noise on the arc between those from which the two images come (`invert`), and so each is as
-        likely as any image; between latents themselves the middle would be a double exposure. There is no guidance,
-        which is not undone by going back.
+        They begin on the arc between what the two come from (`invert`): between latents themselves the middle would be
+        a double exposure. There is no guidance, which is not undone by going back.
 
         Args:
+            strength: how far back that is. At 0.8 simulated walkers end within 0.1 of 255 grey levels from their
+                reconstructions; at 1, where a little decides which way they walk, 1 of 18 ended as another image.
             image_labels: whose the two images are; None: the label's.
             options: batch_size and output_type of the call.
         """
@@ -165,9 +177,12 @@ class LatentDiTPipeline(base.ImagePipeline):
         steps = {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift, "precision": precision}
         own, self.scheduler = self.scheduler, first_order(self.scheduler, self.objective)
         try:
-            noise = self.invert([image, image2], [label] * 2 if image_labels is None else image_labels, **steps)
-            between = slerp(*noise, torch.linspace(0, 1, num_images))
-            return self([label] * num_images, guidance_scale=1.0, latents=between, **steps, **options)
+            ends = self.invert(
+                [image, image2], [label] * 2 if image_labels is None else image_labels, strength, **steps
+            )
+            between = slerp(*ends, torch.linspace(0, 1, num_images))
+            labels = [label] * num_images
+            return self(labels, guidance_scale=1.0, latents=between, strength=strength, **steps, **options)
         finally:
             self.scheduler = own
 
@@ -176,28 +191,29 @@ class LatentDiTPipeline(base.ImagePipeline):
         self,
         image: Any,
         labels: Iterable[int | str],
+        strength: float = 1.0,
         num_inference_steps: int = 50,
         timestep_shift: float | None = None,
         precision: str | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Return the noise (N, C, h, w) from which Euler's method, or DDIM, makes these images without guidance.
+        """Return the latents (N, C, h, w) from which Euler's method, or DDIM, makes these images without guidance.
 
         Args:
             image: in a form of `inputs.pixels_of`, or a list of such.
             labels: whose images they are, for the autoencoder's vectors and as the condition.
+            strength: how far back; at 1 the latents are noise.
         """
         pixels = torch.cat([self.pixels_of(one) for one in (image if isinstance(image, list | tuple) else [image])])
         whose, device = torch.tensor(self.labels_of(labels)), self._execution_device
         whose, precision = for_each(whose, len(pixels), "label").to(device), precision_for(self, precision)
-        steps = {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift}
+        steps = {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift, "strength": strength}
 
         def part(of: slice) -> Tensor:
             data = self.encode_images(pixels[of], whose[of])
 
             def back(rows: Tensor) -> Tensor:
-                conditioning = self.conditioner(whose[of][rows])
-                given = self.denoiser, self.scheduler, data[rows], conditioning
+                given = self.denoiser, self.scheduler, data[rows], self.conditioner(whose[of][rows])
                 return invert(*given, objective=self.objective, **steps)
 
             return all_finite(self, len(data), precision, back, "latents").cpu()

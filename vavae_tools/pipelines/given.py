@@ -83,7 +83,7 @@ def from_images(
 
 
 def between_images(
-    pipe: LatentDiTPipeline, paths: Sequence[str | Path], labels: Sequence[int], **steps: Any
+    pipe: LatentDiTPipeline, paths: Sequence[str | Path], labels: Sequence[int], strength: float, **steps: Any
 ) -> tuple[Asked, dict[str, Any]]:
     """Return what to ask for each label's images on the way between two, as `LatentDiTPipeline.interpolate` makes them.
 
@@ -100,13 +100,14 @@ def between_images(
     def ends() -> dict[int, Tensor]:
         pairs = [(label, place) for label in sorted(counts) for place in (0, 1)]
         whose = [label if given.owners[place] < 0 else given.owners[place] for label, place in pairs]
-        noise = pipe.invert(given.files.images([place for _, place in pairs]), whose, **steps)
+        noise = pipe.invert(given.files.images([place for _, place in pairs]), whose, strength, **steps)
         return dict(zip(sorted(counts), noise.unflatten(0, (-1, 2)), strict=True))
 
     def asked(labels: Sequence[int], numbers: Sequence[int]) -> dict[str, Any]:
         shares = [torch.tensor([n / (counts[label] - 1)]) for label, n in zip(labels, numbers, strict=True)]
         made = [slerp(*ends()[label], share) for label, share in zip(labels, shares, strict=True)]
-        return {"latents": torch.cat(made)}
+        return {"latents": torch.cat(made), "strength": strength}
 
     of_each = sorted(set(counts.values()))
-    return asked, {"image": given.digest(), "between": of_each[0] if len(of_each) == 1 else of_each}
+    between = of_each[0] if len(of_each) == 1 else of_each
+    return asked, {"image": given.digest(), "between": between, "strength": strength}

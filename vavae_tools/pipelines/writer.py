@@ -99,7 +99,7 @@ def write_samples(
         pipe.scheduler, settings["guidance_scale"] = first_order(solver, pipe.objective), 1.0
         of_steps = ("num_inference_steps", "timestep_shift", "precision")
         steps = {name: settings[name] for name in of_steps if name in settings}
-        from_given, record = between_images(pipe, interpolate, labels, **steps)
+        from_given, record = between_images(pipe, interpolate, labels, usual_strength(strength, usual=0.8), **steps)
     elif image is not None:
         strength = usual_strength(strength, mask_image)
         from_given, record = from_images(pipe, image, strength, mask_image)
