@@ -38,6 +38,7 @@ def test_images_as_tensors_and_as_images(pipe):
     pillow, arrays = (images(pipe, output_type=kind) for kind in ("pil", "np"))
     assert [np.asarray(one).tolist() for one in pillow] == made.permute(0, 2, 3, 1).tolist() == arrays.tolist()
     refuses("No output_type 'latent'; there are pil, pt, np", images, pipe, output_type="latent")
+    refuses("guidance_scale=nan is no number to guide by", images, pipe, guidance_scale=float("nan"))
     generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 5)]  # one for each image
     first, other, again = pipe([1, 1, 1], generator=generators, output_type="pt", **QUICK).images
     assert torch.equal(first, again) and not torch.equal(first, other)

@@ -92,6 +92,8 @@ class ImagePipeline(DenoiserPipeline):
     def _sampled(self, noise: Tensor, told: Callable, precision: str, labels: Tensor | None, **by: Any) -> Tensor:
         """Return images uint8 (B, C, H, W) from noise (B, C, h, w), where the models are; `told`: rows → conditions."""
         precision = precision_for(self, precision)
+        if not torch.as_tensor(by["guidance_scale"]).isfinite().all():
+            raise UserError(f"guidance_scale={by['guidance_scale']} is no number to guide by: 1 is none, 1.25 a little")
 
         def denoise(rows: Tensor) -> Tensor:
             return sample(self.denoiser, self.scheduler, noise[rows], objective=self.objective, **told(rows), **by)
