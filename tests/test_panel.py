@@ -1,7 +1,16 @@
 """The panel of notebook 04: its widgets, driven as a browser drives them, and what it leaves."""
 
+import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -83,3 +92,48 @@ def test_what_is_wrong_is_said_beside_the_widgets(panel, monkeypatch):
     panel.nearest.value = True
     assert "No training images of nobody in" in panel.message.value
     assert shown(panel) != before  # the images are there all the same
+
+
+# ---- in a browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NOTEBOOK = """import sys
+sys.path.insert(0, {tests!r})
+import vavae_tools as vt
+from tiny import tiny_pipeline
+vt.SamplingPanel(tiny_pipeline(), None, "kept", number=3, num_steps=2)"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_person_keeps_and_rejects_in_a_browser(here):
+    browsers = pytest.importorskip("playwright.sync_api")
+    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(tests=str(Path(__file__).parent)))
+    python3 = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=python3), here / "panel.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=a"]
+    own = {**os.environ, "HOME": str(here), "JUPYTER_CONFIG_DIR": str(here / "config")}
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *words], env=own, stderr=subprocess.DEVNULL)
+    try:
+        with browsers.sync_playwright() as play:
+            page = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
+            for _ in range(120):  # until the server answers
+                with suppress(browsers.Error):
+                    page.goto(f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?token=a")
+                    break
+                time.sleep(0.5)
+            page.locator(".jp-CodeCell .jp-Editor").first.click(timeout=60_000)
+            page.keyboard.press("Shift+Enter")
+            page.locator("button:has-text('keep')").nth(1).click(timeout=120_000)
+            page.locator("button:has-text('reject')").wait_for()
+            page.locator("button:has-text('Save the kept')").click()
+            page.locator("text=2 of 3 images kept").wait_for()
+            page.keyboard.press("Control+s")
+            page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
+    finally:
+        server.terminate()
+        server.wait()
+    assert sorted(contents(here / "kept")) == [f"ID_1/seed0_0000{number}_own2_scale1.25.png" for number in (0, 2)]
+    assert any("image/png" in output.get("data", {}) for output in nbformat.read("panel.ipynb", 4).cells[0].outputs)
