@@ -65,13 +65,13 @@ def make_solver(
 def swapped(scheduler: SchedulerMixin, name: str, objective: Objective | None = None) -> SchedulerMixin:
     """Return another solver for the same denoiser, with the same shift or schedule.
 
-    The objective is by default `objective_of` the scheduler.
+    The objective is by default `objective_solved_by` the scheduler.
     """
     config = scheduler.config
-    return make_solver(name, objective or objective_of(scheduler), config.get("shift", config.get("flow_shift")))
+    return make_solver(name, objective or objective_solved_by(scheduler), config.get("shift", config.get("flow_shift")))
 
 
-def objective_of(scheduler: SchedulerMixin) -> Objective:
+def objective_solved_by(scheduler: SchedulerMixin) -> Objective:
     """Return the objective that a scheduler alone tells of: a velocity, noise or v, and its schedule."""
     config = scheduler.config
     if solves_flows(scheduler):
@@ -270,7 +270,7 @@ def sample(
         options["generator"] = generators
     x = noise = noise.float() * (1.0 if flow else solver.init_noise_sigma)
     if start is not None:
-        of_start, times = objective or objective_of(scheduler), start.cut(solver, times)
+        of_start, times = objective or objective_solved_by(scheduler), start.cut(solver, times)
         x = start.first(noise, [*times, 1.0][0], of_start)
     for i, (timestep, t) in enumerate(zip(solver.timesteps, times, strict=True)):
         prediction = guided_prediction(denoiser, x, t, conditioning, null, guidance_scale, **guidance)

@@ -98,7 +98,7 @@ def invert(
     A step back solves y = a·x + b·prediction(x) for x by `rounds` of fixed-point iteration (Pan et al. 2023): one is
     DDIM's own inversion. Other arguments are those of `Start` and `solvers.sample`.
     """
-    objective = objective or solvers.objective_of(scheduler)
+    objective = objective or solvers.objective_solved_by(scheduler)
     one_step = first_order(scheduler, objective)
     laid_out = solvers.lay_out(one_step, num_inference_steps, timestep_shift, objective=objective)
     times = Start(None, strength).cut(*laid_out)

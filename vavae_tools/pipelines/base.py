@@ -27,6 +27,7 @@ from vavae_tools.diffusion.objectives import Objective, objective_of
 from vavae_tools.diffusion.solvers import sample, swapped
 from vavae_tools.pipelines.batches import all_finite, decoded, in_batches, precision_for
 from vavae_tools.pipelines.inputs import pixels_of
+from vavae_tools.pipelines.portable import PREFIX, as_installed, take_code_along
 from vavae_tools.runtime.draws import Draws
 from vavae_tools.runtime.errors import UserError, check_known, contents, in_home, one_line
 from vavae_tools.runtime.files import load_weights, plain_config, read_json, weights_digest
@@ -54,6 +55,17 @@ class DenoiserPipeline(DiffusionPipeline):
     @cached_property
     def objective(self) -> Objective | None:
         return objective_of(self.config.objective) if self.config.objective else self.usual_objective
+
+    @classmethod
+    def load_config(cls, *args: Any, **options: Any) -> Any:
+        """Read what a folder says of its parts; classes of the package take the package's, and run no code of it."""
+        config = super().load_config(*args, **options)
+        return as_installed(config) if isinstance(config, dict) and cls.__module__.startswith(PREFIX) else config
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        """Write the folder as diffusers does, and the code that opens it where this package is not installed."""
+        super().save_pretrained(save_directory, *args, **options)
+        take_code_along(self, save_directory)
 
     def noise(self, seed: int, indices: Tensor) -> Tensor:
         """Return the noise of image number i of a seed: the same in any batch, on any number of devices."""
@@ -143,7 +155,7 @@ def kind_of(path: str | Path) -> str:
     """Return the class, of `KINDS`, of a pipeline's folder or a checkpoint of training; "" of another folder."""
     if is_folder_of_pipeline(Path(path)):
         index = Path(path) / "model_index.json"
-        return str(read_json(index).get("_class_name")) if index.is_file() else ""
+        return str(as_installed(read_json(index)).get("_class_name")) if index.is_file() else ""
     return _kind_trained(_read_checkpoint(Path(path))["hyper_parameters"])
 
 
@@ -164,7 +176,7 @@ def read_pipeline(kind: type[Pipeline], path: Path, ema: bool, **options: Any) -
     if not (path / "model_index.json").is_file():
         inner = next(filter(Path.is_dir, (path / "pipeline", path.parent / "pipeline")), "a .ckpt or pipeline/")
         raise UserError(f"{path} is no pipeline (no model_index.json); it {contents(path)}: name {inner}")
-    index = read_json(path / "model_index.json")
+    index = as_installed(read_json(path / "model_index.json"))
     _check_kind(path, str(index.get("_class_name")), kind)
     if not ema:
         raise UserError(f"{path} holds the averaged weights alone: name a .ckpt of the training for the live ones")

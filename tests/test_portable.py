@@ -1,0 +1,102 @@
+"""A pipeline's folder that leaves: plain diffusers opens it where the package is not, and samples the same."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_text_pipeline import text_pipeline
+from test_token_pipeline import tiny as token_pipeline
+from tiny import PEOPLE, refuses, same, tiny_pipeline, tiny_vavae, trained_looking
+
+from vavae_tools.diffusion.conditioning import ClassConditioner
+from vavae_tools.diffusion.dit import DDT
+from vavae_tools.diffusion.solvers import make_solver
+from vavae_tools.pipelines import portable
+from vavae_tools.pipelines.base import kind_of
+from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
+
+CALLS = {
+    "classes": {"labels": ["ID_3", "ID_1"], "num_inference_steps": 3, "output_type": "pt"},
+    "ddt": {"labels": [0, 2], "num_inference_steps": 3, "output_type": "pt"},
+    "text": {"prompt": "a red bird", "num_inference_steps": 3, "output_type": "pt"},
+    "tokens": {"num_samples": 2, "num_inference_steps": 3, "seed": 4},
+}
+ELSEWHERE = """
+import sys
+class Elsewhere:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("vavae_tools", "lightning"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Elsewhere())
+import json, torch
+from diffusers import DiffusionPipeline
+calls, made = json.loads(sys.argv[1]), {}
+for name, call in calls.items():
+    seeded = {} if "seed" in call else {"generator": torch.Generator().manual_seed(5)}
+    pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
+    made[name] = pipe(**call, **seeded).images
+    pipe.save_pretrained(f"again/{name}")
+torch.save(made, "made.pt")
+"""
+
+
+def pipelines() -> dict:
+    torch.manual_seed(0)
+    numbers = {"hidden_size": (16, 24), "depth": (1, 1), "num_heads": (2, 2)}
+    denoiser = DDT(input_size=8, patch_size=4, in_channels=2, **numbers)
+    vae = tiny_vavae(condition_dim=0, num_conditions=0, latents_mean=(0.5, -1.0), latents_std=(2.0, 0.5))
+    ddt = vae.eval(), trained_looking(denoiser).eval(), ClassConditioner(PEOPLE, 16).eval(), make_solver("midpoint")
+    return {
+        "classes": tiny_pipeline(),
+        "ddt": LatentDiTPipeline(*ddt),
+        "text": text_pipeline(),
+        "tokens": token_pipeline(),
+    }
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """The folders, and what was made of them by an interpreter that does not find the package."""
+    here, made = tmp_path_factory.mktemp("portable"), {}
+    for name, pipe in pipelines().items():
+        seeded = {} if "seed" in CALLS[name] else {"generator": torch.Generator().manual_seed(5)}
+        made[name] = pipe(**CALLS[name], **seeded).images
+        pipe.save_pretrained(here / name)
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(here / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", ELSEWHERE, json.dumps(CALLS)]
+    done = subprocess.run(command, cwd=here, env={**os.environ, **quiet}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    return here, made
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_where_the_package_is_not_the_samples_are_the_same(there, name):
+    here, made = there
+    assert same(torch.load(here / "made.pt")[name], made[name])
+    files = [path for glob in ("**/*.py", "*.json", "*/config.json") for path in (here / name).glob(glob)]
+    for path in files:  # a pipeline that is saved there takes its code along, and tells no folder
+        assert (here / "again" / path.relative_to(here)).read_bytes() == path.read_bytes()
+
+
+def test_where_it_is_no_code_of_a_folder_runs(there):
+    folder = there[0] / "classes"
+    for path in folder.rglob("*.py"):
+        path.write_text("raise SystemExit('code of the folder ran')")
+    assert type(load_pipeline(folder)) is type(LatentDiTPipeline.from_pretrained(folder)) is LatentDiTPipeline
+    assert kind_of(folder) == "LatentDiTPipeline"
+    refuses("makes texts, expected one that makes images of classes", load_pipeline, there[0] / "tokens")
+
+
+def test_one_file_has_no_two_things_of_one_name(monkeypatch, tmp_path):
+    source = portable.flat_source(("vavae_tools.pipelines.base", "digest_of"))
+    assert "def weights_digest" in source and "def pixels_of" not in source and "import vavae_tools" not in source
+    (tmp_path / "vavae_tools").mkdir()
+    one, other = (tmp_path / "vavae_tools" / f"{name}.py" for name in ("one", "other"))
+    one.write_text("from vavae_tools.other import g\n\nx = 1\n\n\ndef f():\n    return g() + x\n")
+    other.write_text("x = 2\n\n\ndef g():\n    return x\n")
+    monkeypatch.setattr(portable, "ROOT", tmp_path / "vavae_tools")
+    with pytest.raises(ValueError, match=r"called x, of vavae_tools\.other and vavae_tools\.one: rename one"):
+        portable.flat_source(("vavae_tools.one", "f"))
