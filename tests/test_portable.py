@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from base64 import b64decode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from tiny import PEOPLE, refuses, same, tiny_pipeline, tiny_vavae, trained_looki
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.dit import DDT
 from vavae_tools.diffusion.solvers import make_solver
+from vavae_tools.export import main as export_main
 from vavae_tools.pipelines import portable
 from vavae_tools.pipelines.base import kind_of
 from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
@@ -100,3 +104,82 @@ def test_one_file_has_no_two_things_of_one_name(monkeypatch, tmp_path):
     monkeypatch.setattr(portable, "ROOT", tmp_path / "vavae_tools")
     with pytest.raises(ValueError, match=r"called x, of vavae_tools\.other and vavae_tools\.one: rename one"):
         portable.flat_source(("vavae_tools.one", "f"))
+
+
+# ---- the hub
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in of the hub on this machine, which keeps what it is sent; `private` and `status` are its answers."""
+
+    class Hub(BaseHTTPRequestHandler):
+        files, created, private, status, keys = {}, [], True, 200, set()
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+            Hub.keys.add(self.headers["Authorization"])
+            url, answer = f"http://{self.headers['Host']}/me/gait", {}
+            if self.path.endswith("/repos/create"):
+                Hub.created.append(json.loads(body))
+                answer = {"url": url, "name": "me/gait", "id": "me/gait"}
+            elif "/preupload/" in self.path:
+                asked = json.loads(body)["files"]
+                kept = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                answer = {"files": [{"path": file["path"], **kept} for file in asked]}
+            elif "/commit/" in self.path:
+                for row in map(json.loads, body.splitlines()):
+                    if row["key"] == "file":
+                        Hub.files[row["value"]["path"]] = b64decode(row["value"]["content"])
+                answer = {"commitUrl": f"{url}/commit/1", "commitOid": "1", "success": True}
+            self.send(answer)
+
+        def do_GET(self):
+            self.send({"id": "me/gait", "private": Hub.private, "sha": "1", "siblings": [], "tags": []})
+
+        def send(self, answer):
+            content = json.dumps(answer).encode()
+            self.send_response(Hub.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_pipeline_is_uploaded_to_a_private_repository(hub, tmp_path, run_main):
+    folder = tmp_path / "run" / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    (tmp_path / "run" / "run.json").write_text('{"global_step": 1200}')
+    words = "--pipeline", str(folder), "--push_to_hub", "me/gait", "--license", "mit"
+    status, out, err = run_main(export_main, *words)
+    assert status == 0, err
+    (created,) = hub.created
+    assert created.get("private", created.get("visibility") == "private") and created["name"] == "gait"
+    sent = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert hub.files == sent and {*hub.keys} == {"Bearer hf_secret"}
+    card = hub.files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: diffusers\nlicense: mit\n")
+    assert "- 3 classes (people)" in card and "1,200 steps" in card
+    assert str(tmp_path) not in card + out + err and "ID_" not in card and "hf_secret" not in card + out + err
+
+    (folder / "README.md").write_text("mine")
+    assert run_main(export_main, *words)[0] == 0 and hub.files["README.md"] == b"mine"
+    for fault, said in (({"private": False}, "me/gait is public"), ({"status": 403}, "me/gait is not uploaded (")):
+        hub.files.clear()
+        for name, value in fault.items():
+            setattr(hub, name, value)
+        status, out, err = run_main(export_main, *words)
+        assert status == 2 and said in err and err.count("\n") == 1 and "hf_secret" not in out + err and not hub.files
+        hub.private, hub.status = True, 200
+    status, _, err = run_main(export_main, "--pipeline", str(tmp_path), "--push_to_hub", "me/gait")
+    assert status == 2 and "holds run, expected a pipeline" in err

@@ -1,9 +1,9 @@
-"""Give a VA-VAE away: as a folder for diffusers, or as a file for LightningDiT."""
+"""Give a model away: a VA-VAE as a folder for diffusers or a file for LightningDiT, a pipeline on the hub."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vavae_tools.runtime.errors import UserError, command_parser, in_home, run_command
+from vavae_tools.runtime.errors import UserError, command_parser, contents, in_home, one_line, run_command
 
 if TYPE_CHECKING:
     from vavae_tools.autoencoders.vavae import VAVAE
@@ -13,10 +13,87 @@ def main() -> None:
     parser = command_parser("python -m vavae_tools.export", __doc__)
     add = parser.add_argument
     formats = "reference: a torch file under the names of LightningDiT; diffusers: a folder of AutoencoderKL"
-    add("--vavae", required=True, help="folder of a VA-VAE, a .ckpt of its training, or published weights")
-    add("--format", required=True, choices=["reference", "diffusers"], help=formats)
-    add("--output", required=True, help="file (reference) or folder (diffusers) to write")
-    export_vavae(**vars(parser.parse_args()))
+    add("--vavae", help="folder of a VA-VAE, a .ckpt of its training, or published weights")
+    add("--format", choices=["reference", "diffusers"], help=formats)
+    add("--output", help="file (reference) or folder (diffusers) to write")
+    add("--pipeline", help="folder of a pipeline, in place of --vavae")
+    hub = "private repository that it is uploaded to, with the token of HF_TOKEN or `hf auth login`"
+    add("--push_to_hub", metavar="OWNER/NAME", help=hub)
+    add(
+        "--license",
+        help="the hub's name for the license of its card, such as mit: mind that of the weights it began with",
+    )
+    options = vars(parser.parse_args())
+    of_vavae = {name: options.pop(name) for name in ("vavae", "format", "output")}
+    if options["pipeline"] and options["push_to_hub"] and not any(of_vavae.values()):
+        push_pipeline(**options)
+    elif all(of_vavae.values()) and not any(options.values()):
+        export_vavae(**of_vavae)
+    else:
+        raise UserError("Name --vavae, --format and --output, or --pipeline and --push_to_hub of a pipeline")
+
+
+def push_pipeline(pipeline: str | Path, push_to_hub: str, license: str | None = None) -> str:
+    """Upload a pipeline's folder to a private repository of the Hugging Face hub, and return its address.
+
+    A card, README.md, is written into the folder where it has none. A repository that is public is refused.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    from vavae_tools.pipelines.base import kind_of
+
+    folder = in_home(pipeline).absolute()
+    if not kind_of(folder) or not any(folder.glob("pipeline_*.py")):
+        found = f"{folder} {contents(folder)}" if folder.is_dir() else f"No folder {folder}"
+        raise UserError(f"{found}, expected a pipeline with its code: load_pipeline(…).save_pretrained writes it anew")
+    if not (folder / "README.md").exists():
+        write_card(folder, push_to_hub, license)
+    api, token = HfApi(), get_token()
+    try:
+        address = api.create_repo(push_to_hub, private=True, exist_ok=True)
+        if not api.repo_info(push_to_hub).private:
+            raise UserError(f"{push_to_hub} is public: make it private on the hub, or name another")
+        api.upload_folder(repo_id=push_to_hub, folder_path=folder, ignore_patterns=[".*", "*.partial"])
+    except UserError:
+        raise
+    except Exception as error:  # of requests or of httpx, by the client's version
+        said = one_line(error, 200).replace(token or "\0", "…")
+        help = (
+            "check the network, the name, and the token (HF_TOKEN, or `hf auth login`), which must be allowed to write"
+        )
+        raise UserError(f"{push_to_hub} is not uploaded ({said}): {help}") from None
+    print(f"uploaded, private: {address}")
+    print(f"next: DiffusionPipeline.from_pretrained({push_to_hub!r}, trust_remote_code=True)")
+    return str(address)
+
+
+def write_card(folder: Path, name: str, license: str | None = None) -> None:
+    """Write a pipeline's card, README.md: what it is in numbers, and how it is opened; no names and no paths."""
+    from vavae_tools.pipelines.base import kind_of
+    from vavae_tools.runtime.files import atomic_write, read_json
+
+    index, run, kind = read_json(folder / "model_index.json"), folder.parent / "run.json", kind_of(folder)
+    conditions = read_json(folder / "conditioner" / "config.json").get("num_classes")
+    sizes = {part: sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")) for part in index}
+    steps = read_json(run).get("global_step") if run.is_file() else None
+    facts = [f"{conditions} classes (people)"] if kind == "LatentDiTPipeline" and conditions else []
+    facts += [f"{part}: {index[part][1]}, {size / 1e6:.1f} MB" for part, size in sorted(sizes.items()) if size]
+    facts += [f"solver: {index['scheduler'][1]}"] if "scheduler" in index else []
+    facts += [f"training: {steps:,} steps"] if steps else []
+    previews = sorted((folder.parent / "samples").glob("*-[0-9]*.png"))
+    if previews and not (folder / "grid.png").exists():
+        with atomic_write(folder / "grid.png") as partial:
+            partial.write_bytes(previews[-1].read_bytes())
+    call = {"LatentDiTPipeline": "labels=[0, 1]", "TextToImagePipeline": '"a sentence"'}.get(kind, "num_samples=2")
+    told = "No license was named: mind that of the weights it was derived from."
+    lines = ["---", "library_name: diffusers", *([f"license: {license}"] if license else [])]
+    lines += ["tags:", "- vavae-tools", f"- {kind}", "---", "", f"# {name.split('/')[-1]}", ""]
+    lines += [*(["![samples](grid.png)", ""] if (folder / "grid.png").exists() else []), *(f"- {one}" for one in facts)]
+    lines += ["", *([] if license else [told, ""]), "```python", "from diffusers import DiffusionPipeline"]
+    lines += [f"pipe = DiffusionPipeline.from_pretrained({name!r}, trust_remote_code=True)"]
+    lines += [f"pipe({call}).{'images' if '[' in call or 'sentence' in call else 'texts'}", "```"]
+    with atomic_write(folder / "README.md") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def export_vavae(vavae: str | Path, format: str, output: str | Path) -> list[Path]:
