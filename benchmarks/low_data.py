@@ -11,18 +11,22 @@ goes on where it was stopped, or where `--max_time` ended it.
 import argparse
 import random
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.folders import list_folders
 from vavae_tools.evaluation.augmentation import Gain, evaluate_gain
 from vavae_tools.evaluation.report import evaluate_images
-from vavae_tools.paths import ProjectPaths
 from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.recipes.dit import encode_split, train_dit
 from vavae_tools.recipes.presets import find_preset
-from vavae_tools.recipes.stages import Stages
 from vavae_tools.recipes.vavae import fine_tune_vavae
+from vavae_tools.runtime.console import clock
+from vavae_tools.training.callbacks.record import is_finished
+from vavae_tools.training.config import session_end
 
 COLUMNS = "per person | checkpoint | trained on | accuracy, % [95 %] | gain, points [95 %] | error × "
 
@@ -60,27 +64,39 @@ def rows(per_person: int, checkpoint: str, gain: Gain) -> list[str]:
     return found
 
 
-def measure(options: argparse.Namespace, per_person: int, stages: Stages) -> None:
-    place, preset = stages.place, find_preset(log=lambda line: None)
-    split = place.split
+def finished(run: Path, made: str, end: float | None, train: Callable[..., Path], *words: Any, **numbers: Any) -> bool:
+    """Train, or resume, until `end`, what is not finished in a run's folder; return whether it is."""
+    if not is_finished(run):
+        resume = "last" if (run / "checkpoints/last.ckpt").is_file() else None
+        limit = "0" if end is None else clock(max(1, end - time.time()))
+        train(*words, output_dir=run, resume=resume, max_time=limit, previews=0, **numbers)
+    return is_finished(run) and (run / made).is_dir()
+
+
+def measure(options: argparse.Namespace, per_person: int, end: float | None) -> None:
+    work, preset = Path(options.output_dir) / str(per_person), find_preset(log=lambda line: None)
+    split, vavae, dit = work / "data_split", work / "vavae", work / "dit"
     if not split.is_dir():
         make_split(Path(options.data_dir), split, per_person, options.test_images, options.seed)
     batch = min(preset.vavae_batch_size, per_person)
-    numbers = {"max_epochs": options.vavae_epochs, "batch_size": batch, "previews": 0, "image_size": options.image_size}
-    vavae = stages.run("vavae", fine_tune_vavae, split, place.vavae, "small", **numbers)
-    latents = stages.run("latents", encode_split, split, vavae, place.latents)
-    numbers = {"max_steps": options.dit_steps, "batch_size": options.batch_size, "lr": preset.dit_lr, "previews": 0}
+    numbers = {"max_epochs": options.vavae_epochs, "batch_size": batch, "image_size": options.image_size}
+    if not finished(vavae, "vavae", end, fine_tune_vavae, split, original_vavae="small", **numbers):
+        return
+    latents = encode_split(split, vavae / "vavae", work / "latents")
+    numbers = {"max_steps": options.dit_steps, "batch_size": options.batch_size, "lr": preset.dit_lr}
     numbers |= {"ema_decay": preset.ema_decay, "save_every_n_steps": max(1, options.dit_steps // 6), "keep_last": 6}
     denoiser = {**preset.dit, "depth": options.depth}
-    made = stages.run("dit", train_dit, latents, vavae, place.dit, denoiser, **numbers)
-    for name in options.checkpoints if made else ():
-        samples, found = place.work / f"samples_{name}", place.work / f"evaluation_{name}"
+    if not finished(dit, "pipeline", end, train_dit, latents.path, vavae / "vavae", denoiser=denoiser, **numbers):
+        return
+    for name in options.checkpoints:
+        samples, found = work / f"samples_{name}", work / f"evaluation_{name}"
         labels = list(list_folders(split / "train")) * options.samples_per_person
         settings = {"num_inference_steps": preset.num_steps, "guidance_scale": options.guidance_scale}
-        if stages.seconds_left() <= 0 or not write_samples(
-            checkpoint_of(place.dit, name), labels, samples, options.seed, until=stages.end, **settings
+        in_time = end is None or time.time() < end
+        if not in_time or not write_samples(
+            checkpoint_of(dit, name), labels, samples, options.seed, until=end, **settings
         ):
-            break
+            return
         print(evaluate_images(samples, split, found))
         shares = {"shares": options.shares, "seeds": options.seeds, "steps": options.steps}
         print(*rows(per_person, name, evaluate_gain(samples, split, found, **shares)), sep="\n", flush=True)
@@ -107,13 +123,10 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--max_time", help="hours:minutes, after which no stage begins and a training saves and ends")
     options = parser.parse_args()
-    stages = None
+    end = session_end(options.max_time or "0")
     for per_person in options.images_per_person:
-        work = Path(options.output_dir) / str(per_person)
-        before, stages = stages, Stages(ProjectPaths(None, work), None, options.max_time or "0")
-        stages.end = before.end if before else stages.end
         print(f"{per_person} images per person\n{COLUMNS}", flush=True)
-        measure(options, per_person, stages)
+        measure(options, per_person, end)
 
 
 if __name__ == "__main__":
