@@ -160,7 +160,11 @@ def test_a_pipeline_is_uploaded_to_a_private_repository(hub, tmp_path, run_main)
     folder = tmp_path / "run" / "pipeline"
     tiny_pipeline().save_pretrained(folder)
     (tmp_path / "run" / "run.json").write_text('{"global_step": 1200}')
+    total = {"generated": 40, "generated_accuracy": 0.925, "validation": 20, "validation_accuracy": 0.95}
+    distances = {"frechet_generated": 1.234, "frechet_real": 0.8, "images": 20}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"total": total, "distances": distances}))
     words = "--pipeline", str(folder), "--push_to_hub", "me/gait", "--license", "mit"
+    words += "--evaluation", str(tmp_path / "evaluation.json")
     status, out, err = run_main(export_main, *words)
     assert status == 0, err
     (created,) = hub.created
@@ -170,6 +174,8 @@ def test_a_pipeline_is_uploaded_to_a_private_repository(hub, tmp_path, run_main)
     card = hub.files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: diffusers\nlicense: mit\n")
     assert "- 3 classes (people)" in card and "1,200 steps" in card
+    assert "92.5 % on 40 generated images, 95.0 % on 20 real validation images" in card
+    assert "1.23, of real training images 0.8, by 20 images of each" in card
     assert str(tmp_path) not in card + out + err and "ID_" not in card and "hf_secret" not in card + out + err
 
     (folder / "README.md").write_text("mine")
@@ -182,4 +188,7 @@ def test_a_pipeline_is_uploaded_to_a_private_repository(hub, tmp_path, run_main)
         assert status == 2 and said in err and err.count("\n") == 1 and "hf_secret" not in out + err and not hub.files
         hub.private, hub.status = True, 200
     status, _, err = run_main(export_main, "--pipeline", str(tmp_path), "--push_to_hub", "me/gait")
-    assert status == 2 and "holds run, expected a pipeline" in err
+    assert status == 2 and "expected a pipeline" in err
+    (folder / "README.md").unlink()
+    status, _, err = run_main(export_main, *words[:-1], str(tmp_path / "run" / "run.json"))
+    assert status == 2 and "run.json is no evaluation.json of images" in err and not (folder / "README.md").exists()

@@ -19,10 +19,8 @@ def main() -> None:
     add("--pipeline", help="folder of a pipeline, in place of --vavae")
     hub = "private repository that it is uploaded to, with the token of HF_TOKEN or `hf auth login`"
     add("--push_to_hub", metavar="OWNER/NAME", help=hub)
-    add(
-        "--license",
-        help="the hub's name for the license of its card, such as mit: mind that of the weights it began with",
-    )
+    add("--license", help="of its card, by the hub's name such as mit: mind that of the weights it was derived from")
+    add("--evaluation", help="evaluation.json of its samples, for the card")
     options = vars(parser.parse_args())
     of_vavae = {name: options.pop(name) for name in ("vavae", "format", "output")}
     if options["pipeline"] and options["push_to_hub"] and not any(of_vavae.values()):
@@ -33,7 +31,9 @@ def main() -> None:
         raise UserError("Name --vavae, --format and --output, or --pipeline and --push_to_hub of a pipeline")
 
 
-def push_pipeline(pipeline: str | Path, push_to_hub: str, license: str | None = None) -> str:
+def push_pipeline(
+    pipeline: str | Path, push_to_hub: str, license: str | None = None, evaluation: str | Path | None = None
+) -> str:
     """Upload a pipeline's folder to a private repository of the Hugging Face hub, and return its address.
 
     A card, README.md, is written into the folder where it has none. A repository that is public is refused.
@@ -47,7 +47,7 @@ def push_pipeline(pipeline: str | Path, push_to_hub: str, license: str | None = 
         found = f"{folder} {contents(folder)}" if folder.is_dir() else f"No folder {folder}"
         raise UserError(f"{found}, expected a pipeline with its code: load_pipeline(…).save_pretrained writes it anew")
     if not (folder / "README.md").exists():
-        write_card(folder, push_to_hub, license)
+        write_card(folder, push_to_hub, license, evaluation)
     api, token = HfApi(), get_token()
     try:
         address = api.create_repo(push_to_hub, private=True, exist_ok=True)
@@ -67,7 +67,23 @@ def push_pipeline(pipeline: str | Path, push_to_hub: str, license: str | None = 
     return str(address)
 
 
-def write_card(folder: Path, name: str, license: str | None = None) -> None:
+def _measured(evaluation: Path) -> list[str]:
+    from vavae_tools.evaluation.metrics import percent
+    from vavae_tools.runtime.files import read_json
+
+    found = read_json(evaluation) if evaluation.is_file() else {}
+    if not isinstance(total := found.get("total"), dict):
+        raise UserError(f"{evaluation} is no evaluation.json of images: python -m vavae_tools.evaluate writes one")
+    made, real = percent(total["generated_accuracy"]), percent(total["validation_accuracy"])
+    lines = [f"a classifier's accuracy: {made} on {total['generated']:,} generated images"]
+    lines[0] += f", {real} on {total['validation']:,} real validation images"
+    if distances := found.get("distances"):
+        numbers = "{frechet_generated:.3g}, of real training images {frechet_real:.3g}, by {images:,} images of each"
+        lines.append("Fréchet distance to real validation images: " + numbers.format(**distances))
+    return lines
+
+
+def write_card(folder: Path, name: str, license: str | None = None, evaluation: str | Path | None = None) -> None:
     """Write a pipeline's card, README.md: what it is in numbers, and how it is opened; no names and no paths."""
     from vavae_tools.pipelines.base import kind_of
     from vavae_tools.runtime.files import atomic_write, read_json
@@ -80,6 +96,7 @@ def write_card(folder: Path, name: str, license: str | None = None) -> None:
     facts += [f"{part}: {index[part][1]}, {size / 1e6:.1f} MB" for part, size in sorted(sizes.items()) if size]
     facts += [f"solver: {index['scheduler'][1]}"] if "scheduler" in index else []
     facts += [f"training: {steps:,} steps"] if steps else []
+    facts += _measured(in_home(evaluation)) if evaluation else []
     previews = sorted((folder.parent / "samples").glob("*-[0-9]*.png"))
     if previews and not (folder / "grid.png").exists():
         with atomic_write(folder / "grid.png") as partial:
