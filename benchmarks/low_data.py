@@ -20,6 +20,7 @@ from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.folders import list_folders
 from vavae_tools.evaluation.augmentation import Gain, evaluate_gain
 from vavae_tools.evaluation.report import evaluate_images
+from vavae_tools.pipelines.people import write_as_people
 from vavae_tools.pipelines.writer import write_samples
 from vavae_tools.recipes.dit import encode_split, train_dit
 from vavae_tools.recipes.presets import find_preset
@@ -80,7 +81,15 @@ def measure(options: argparse.Namespace, per_person: int, end: float | None) -> 
         make_split(Path(options.data_dir), split, per_person, options.test_images, options.seed)
     batch = min(preset.vavae_batch_size, per_person)
     numbers = {"max_epochs": options.vavae_epochs, "batch_size": batch, "image_size": options.image_size}
+    numbers["recipe"] = options.recipe
     if not finished(vavae, "vavae", end, fine_tune_vavae, split, original_vavae="small", **numbers):
+        return
+    if "people" in options.checkpoints:
+        samples = work / "samples_people"
+        if not samples.is_dir():
+            write_as_people(vavae / "vavae", split, samples)
+        judge(options, per_person, "people", split, samples)
+    if options.checkpoints == ["people"]:
         return
     latents = encode_split(split, vavae / "vavae", work / "latents")
     numbers = {"max_steps": options.dit_steps, "batch_size": options.batch_size, "lr": preset.dit_lr}
@@ -88,8 +97,8 @@ def measure(options: argparse.Namespace, per_person: int, end: float | None) -> 
     denoiser = {**preset.dit, "depth": options.depth}
     if not finished(dit, "pipeline", end, train_dit, latents.path, vavae / "vavae", denoiser=denoiser, **numbers):
         return
-    for name in options.checkpoints:
-        samples, found = work / f"samples_{name}", work / f"evaluation_{name}"
+    for name in (each for each in options.checkpoints if each != "people"):
+        samples = work / f"samples_{name}"
         labels = list(list_folders(split / "train")) * options.samples_per_person
         settings = {"num_inference_steps": preset.num_steps, "guidance_scale": options.guidance_scale}
         in_time = end is None or time.time() < end
@@ -97,9 +106,14 @@ def measure(options: argparse.Namespace, per_person: int, end: float | None) -> 
             checkpoint_of(dit, name), labels, samples, options.seed, until=end, **settings
         ):
             return
-        print(evaluate_images(samples, split, found))
-        shares = {"shares": options.shares, "seeds": options.seeds, "steps": options.steps}
-        print(*rows(per_person, name, evaluate_gain(samples, split, found, **shares)), sep="\n", flush=True)
+        judge(options, per_person, name, split, samples)
+
+
+def judge(options: argparse.Namespace, per_person: int, name: str, split: Path, samples: Path) -> None:
+    found = samples.with_name(f"evaluation_{name}")
+    print(evaluate_images(samples, split, found))
+    gain = evaluate_gain(samples, split, found, shares=options.shares, seeds=options.seeds, steps=options.steps)
+    print(*rows(per_person, name, gain), sep="\n", flush=True)
 
 
 def main() -> None:
@@ -109,7 +123,14 @@ def main() -> None:
     add("--output_dir", default="low_data")
     add("--images_per_person", type=int, nargs="+", default=[5, 10, 20])
     add("--test_images", type=int, default=100, help="of each person")
-    add("--checkpoints", nargs="+", default=["last", "best"], help="last, best, or steps, multiples of a sixth of all")
+    add(
+        "--checkpoints",
+        nargs="+",
+        default=["last", "best"],
+        help="last, best, steps, multiples of a sixth of all; "
+        "people: training images decoded as other people, with --recipe vector, in place of a DiT's",
+    )
+    add("--recipe", default="light", help="of the VA-VAE")
     add("--samples_per_person", type=int, default=80)
     add("--guidance_scale", type=float, default=1.25)
     add("--image_size", type=int, default=64)

@@ -58,6 +58,7 @@ _NAMES = {
     "training.run": "fit",
     "training.curves": "plot_training judge_training",
     "pipelines.writer": "write_samples",
+    "pipelines.people": "write_as_people",
     "evaluation.report": "evaluate_images",
     "evaluation.reconstructions": "evaluate_reconstructions evaluate_vavae compare_conditions decode_as_people",
     "evaluation.augmentation": "evaluate_gain",

@@ -33,6 +33,9 @@ def main() -> None:
     parser = _parser()
     options = parser.parse_args()
     _check(options)
+    if options.as_people:
+        print(_as_people(options))
+        return
 
     from vavae_tools.runtime.launch import call_on_ranks
     from vavae_tools.runtime.machine import device_of
@@ -70,6 +73,14 @@ def main() -> None:
     written = _write(pipe, options, ranks)
     if ranks.rank == 0:
         print(_summary(kind, options, written))
+
+
+def _as_people(options: argparse.Namespace) -> str:
+    from vavae_tools.pipelines.people import write_as_people
+
+    written = write_as_people(options.checkpoint, options.as_people, options.output_dir, seed=options.seed)
+    folders = sorted({path.parent.name for path in written})
+    return _written(written, folders, options.output_dir, options.as_people, " --gain")
 
 
 def _write(pipe: Any, options: argparse.Namespace, ranks: "Ranks") -> list[Path]:
@@ -132,9 +143,13 @@ def _summary(kind: str, options: argparse.Namespace, written: list[Path]) -> str
         many = int(written[0].stem.removeprefix("samples_").partition("x")[0])
         return f"written: {many:,} images ({written[0]})\nnext: {following}"
     folders, out = sorted({path.parent.name for path in written}), options.output_dir
-    data = f"--data_dir {shlex.quote(_data_dir(options))}"
-    following = f"python -m vavae_tools.evaluate --generated_dir {shlex.quote(out)} {data}"
-    return f"written: {len(written):,} images of {len(folders)} people ({out}/{folders[0]} …)\nnext: {following}"
+    return _written(written, folders, out, _data_dir(options))
+
+
+def _written(written: list[Path], folders: list[str], out: str, data_dir: str, more: str = "") -> str:
+    following = f"--generated_dir {shlex.quote(out)} --data_dir {shlex.quote(data_dir)}{more}"
+    said = f"written: {len(written):,} images of {len(folders)} people ({out}/{folders[0]} …)"
+    return f"{said}\nnext: python -m vavae_tools.evaluate {following}"
 
 
 def _data_dir(options: argparse.Namespace) -> str:
@@ -154,6 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("python -m vavae_tools.sample", __doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="pipeline folder, or a .ckpt of DiT training")
+    add("--as_people", metavar="DATA_DIR", help="write these training images as every other person: --checkpoint is "
+        "a VA-VAE whose vectors carry the person (finetune --recipe vector), and no DiT is needed")
     add("--weights", choices=["ema", "live"], default="ema", help="of a .ckpt: the averaged or the live weights")
     add("--run", help="the run's folder of a .ckpt that was copied elsewhere: what it needs is taken from there")
     add("--num_samples", type=int, help="in all, spread over labels or prompts (default: 100, of prompts and of each "
