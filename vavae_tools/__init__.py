@@ -53,6 +53,7 @@ _NAMES = {
     "autoencoders.weights": "load_vavae",
     "autoencoders.vavae": "reconstruct",
     "pipelines.classes": "load_pipeline",
+    "pipelines.schedule": "fit_schedule",
     "pipelines.text": "load_text_pipeline",
     "pipelines.tokens": "load_token_pipeline",
     "training.run": "fit",

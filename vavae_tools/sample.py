@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vavae_tools.diffusion import SOLVERS
+from vavae_tools.diffusion import FITTED_STEPS, SOLVERS, USUAL_STEPS
 from vavae_tools.runtime.errors import UserError, command_parser, run_command
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ CFG_SCALE, TEXT_CFG_SCALE = 1.25, 7.5
 GUIDE_SCALE = 1.42  # RAE's for 256 pixels
 CLASS_FLAGS = (
     *("labels", "class_list", "timestep_shift", "guide", "cfg_interval", "guidance_channels", "format"),
-    *("image", "strength", "mask", "interpolate"),
+    *("image", "strength", "mask", "interpolate", "fit_schedule"),
 )
 UNUSED_FLAGS = {
     "LatentDiTPipeline": ("prompt", "negative_prompt"),
@@ -70,6 +70,8 @@ def main() -> None:
     pipe = move_to_device(load(options.checkpoint, options.weights == "ema", options.run), device)
     if options.solver:
         pipe.swap_solver(options.solver)
+    if options.fit_schedule and not ranks.rank:  # the others load the pipeline only after that
+        _fit(pipe, options)
     written = _write(pipe, options, ranks)
     if ranks.rank == 0:
         print(_summary(kind, options, written))
@@ -88,7 +90,8 @@ def _write(pipe: Any, options: argparse.Namespace, ranks: "Ranks") -> list[Path]
 
     names_of = ("output_dir", "seed", "batch_size", "overwrite", "precision")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names_of}
-    settings |= {"num_inference_steps": options.num_steps, "ranks": ranks}
+    usual = getattr(pipe, "usual_steps", USUAL_STEPS)
+    settings |= {"num_inference_steps": usual if options.num_steps is None else options.num_steps, "ranks": ranks}
     if pipe.makes == "text":
         return [writer.write_texts(pipe, prompts=options.prompt or (), num_samples=options.num_samples, **settings)]
     by = options.negative_prompt if options.prompt else options.guide
@@ -110,6 +113,19 @@ def _write(pipe: Any, options: argparse.Namespace, ranks: "Ranks") -> list[Path]
     guide = classes.load_guide(options.guide, pipe, options.weights == "ema") if options.guide else None
     settings |= {"guidance_scale": _scale(options), "guidance_interval": options.cfg_interval or (0.0, 1.0)}
     return writer.write_samples(pipe, labels, names=options.class_list, guide=guide, **settings)
+
+
+def _fit(pipe: Any, options: argparse.Namespace) -> None:
+    """Fit the pipeline's schedule, and keep it in its folder."""
+    from vavae_tools.pipelines import classes
+    from vavae_tools.pipelines.schedule import fit_schedule, keep_schedule
+
+    guide = classes.load_guide(options.guide, pipe, options.weights == "ema") if options.guide else None
+    guidance = {"guidance_interval": options.cfg_interval or (0.0, 1.0), "guidance_channels": options.guidance_channels}
+    errors = fit_schedule(pipe, guidance_scale=_scale(options), guide=guide, **guidance)
+    keep_schedule(pipe, options.checkpoint)
+    found = ", ".join(f"{100 * error:.1f} % in {steps}" for steps, error in errors.items())
+    print(f"fitted steps, kept in {options.checkpoint}: latents differ from those of many steps by {found}")
 
 
 def _labels(pipe: Any, options: argparse.Namespace) -> list[int]:
@@ -185,7 +201,10 @@ def _parser() -> argparse.ArgumentParser:
         "--mask 1, with --interpolate 0.8)")
     add("--mask", help="image file, white where something new is made; elsewhere --image stays")
     add("--interpolate", nargs=2, metavar=("A", "B"), help="make images between two, which are the first and the last")
-    add("--num_steps", type=int, default=50, help="steps of the solver; Euler's calls the denoiser once in each")
+    add("--num_steps", type=int, help="steps of the solver; Euler's calls the denoiser once in each (default: "
+        f"{USUAL_STEPS}, of a pipeline with a fitted schedule {FITTED_STEPS})")
+    add("--fit_schedule", action="store_true", help="first fit the times of 5, 8, 10 and 20 steps to the model, with "
+        "this guidance; they are kept in the pipeline's folder, and taken wherever so many steps are made")
     add("--solver", choices=list(SOLVERS), help="one that fits what was trained; without it the pipeline's own: "
         "Euler's, of noise prediction DPM-Solver++, of texts steps with fresh noise")
     add("--timestep_shift", type=float, help="LightningDiT's: below 1, steps are finer near the noise, 0 is no shift; "
@@ -214,6 +233,10 @@ def _parser() -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     if options.num_samples is not None and options.num_samples < 1:
         raise UserError(f"--num_samples {options.num_samples}: at least one image is needed")
+    if options.num_steps is not None and options.num_steps < 1:
+        raise UserError(f"--num_steps {options.num_steps}: at least one step is needed, such as {FITTED_STEPS}")
+    if options.fit_schedule and (options.solver or "adams") != "adams":
+        raise UserError(f"--fit_schedule with --solver {options.solver}: its solver is adams, so leave that out")
     without = "mask" if options.mask else "strength" if options.strength is not None and not options.interpolate else ""
     if without and not options.image:
         raise UserError(f"--{without} without --image: name the image or the folder that is varied")

@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -68,6 +69,8 @@ def swapped(scheduler: SchedulerMixin, name: str, objective: Objective | None = 
     The objective is by default `objective_solved_by` the scheduler.
     """
     config = scheduler.config
+    if name in SOLVERS and SOLVERS[name][1] == type(scheduler).__name__:
+        return scheduler  # with what was fitted
     return make_solver(name, objective or objective_solved_by(scheduler), config.get("shift", config.get("flow_shift")))
 
 
@@ -185,6 +188,7 @@ def lay_out(
         if timestep_shift < 0:
             raise UserError(f"timestep_shift={timestep_shift:g}: it is above 0, with 0 or 1 for none.")
         changes["shift" if "shift" in config else "flow_shift"] = 1 / (timestep_shift or 1)
+        changes |= {"fitted": None} if config.get("fitted") else {}
     solver = type(scheduler).from_config(config, **changes)
     if isinstance(solver, diffusers.FlowMatchEulerDiscreteScheduler) and not config.use_dynamic_shifting:
         # its own grid ends at sigma 1/1000 instead of evenly at 1/n, and is shifted twice there
@@ -319,6 +323,44 @@ class MidpointScheduler(FlowScheduler):
         start, later = self.sigmas[[self.place - self.place % 2, self.place + 1]].tolist()
         self.place += 1
         return (self.start + (later - start) * model_output,)
+
+
+class AdamsScheduler(FlowScheduler):
+    """Adams–Bashforth's method: the last velocities are carried on; one call an update, an error of second order.
+
+    Args:
+        fitted: what `pipelines.schedule.fit_schedule` found for a model: by number of steps, as text, the shares of
+            noise "sigmas" (n + 1) and the "weights" (n, 2) of the last two changes of velocity, here 1 and 0.
+    """
+
+    @register_to_config
+    def __init__(self, shift: float = 1.0, path: str = "linear", fitted: dict[str, Any] | None = None) -> None:
+        self.set_timesteps(1)
+
+    def grid(self, num_inference_steps: int, last_noise: float) -> Tensor:
+        fitted, self.past = self.config.fitted or {}, []
+        if not last_noise and (own := fitted.get(str(num_inference_steps))):
+            self.weights = own["weights"]
+            return torch.tensor(own["sigmas"], dtype=torch.float32)
+        self.weights = [(1.0, 0.0)] * num_inference_steps
+        return 1 - time_grid(num_inference_steps, 1 / self.config.shift, last_noise)
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> tuple[Tensor]:
+        here, later = self.sigmas[self.place : self.place + 2].tolist()
+        weights = self.weights[self.place + 1 - len(self.sigmas)]  # from the end, as a `Start` cuts the first steps
+        self.place, self.past = self.place + 1, [(here, model_output), *self.past[:2]]
+        terms = adams_terms(self.past, later)
+        return (sum((weight * term for weight, term in zip(weights, terms[1:], strict=False)), sample + terms[0]),)
+
+
+def adams_terms(past: list[tuple[float, Tensor]], later: float) -> list[Tensor]:
+    """Return what a step to `later` adds: of Euler's method, and for each change of velocity, the newest first.
+
+    `past` holds up to three shares of noise and the derivatives there, the newest first.
+    """
+    step = later - past[0][0]
+    changes = [step**2 / 2 / (new - old) * (v - before) for (new, v), (old, before) in pairwise(past)]
+    return [step * past[0][1], *changes]
 
 
 class StochasticScheduler(FlowScheduler):

@@ -9,6 +9,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
+from vavae_tools.diffusion import FITTED_STEPS, USUAL_STEPS
 from vavae_tools.diffusion.conditioning import ClassConditioner
 from vavae_tools.diffusion.objectives import FlowMatching, objective_of
 from vavae_tools.diffusion.solvers import make_solver
@@ -52,6 +53,11 @@ class LatentDiTPipeline(base.ImagePipeline):
         kept = self.config.people
         return dict(kept) if kept else {f"ID_{label + 1}": label for label in range(self.conditioner.num_classes)}
 
+    @property
+    def usual_steps(self) -> int:
+        """Steps where none are given: fewer if the solver has a schedule that was fitted to the model."""
+        return FITTED_STEPS if str(FITTED_STEPS) in (self.scheduler.config.get("fitted") or {}) else USUAL_STEPS
+
     def labels_of(self, wanted: Iterable[int | str]) -> list[int]:
         """Return labels, or people's names, as labels; `UserError` where there is no such."""
         people, labels, most = self.people, [], self.conditioner.num_classes - 1
@@ -74,7 +80,7 @@ class LatentDiTPipeline(base.ImagePipeline):
     def __call__(
         self,
         labels: Iterable[int | str] | Tensor,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.25,
         *,
         generator: base.Generators = None,
@@ -90,6 +96,7 @@ class LatentDiTPipeline(base.ImagePipeline):
         """Make one image for each label, or person's name: from noise, or a variation of a given image.
 
         Args:
+            num_inference_steps: None: `usual_steps`.
             generator: of the noise, one for all or one for each image.
             latents: noise to start from, (len(labels), C, h, w), in place of a generator's; with a strength and
                 without an image they are on the way already, as `invert` returns them.
@@ -224,7 +231,7 @@ class LatentDiTPipeline(base.ImagePipeline):
         self,
         labels: Tensor,
         noise: Tensor,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.25,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: str = "all",
@@ -253,7 +260,8 @@ class LatentDiTPipeline(base.ImagePipeline):
         if not self.is_guided(guide):
             guidance_scale = 1.0
         by = {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
-        by |= {"num_inference_steps": num_inference_steps, "timestep_shift": timestep_shift}
+        steps = self.usual_steps if num_inference_steps is None else num_inference_steps
+        by |= {"num_inference_steps": steps, "timestep_shift": timestep_shift}
         return self._sampled(noise, told, precision, labels, guidance_channels=guidance_channels, **by)
 
 

@@ -77,6 +77,8 @@ def write_samples(
             return call_on_ranks(f"{__name__}:_load_and_write", arguments, several)
         return _load_and_write(**arguments)
     labels, output_dir = pipe.labels_of(labels), in_home(output_dir)
+    if settings.get("num_inference_steps") is None:
+        settings["num_inference_steps"] = pipe.usual_steps
     check_known("format", format, ("png", "npz"))
     if not labels:
         raise UserError("No labels: at least one image is needed")
