@@ -7,6 +7,7 @@ import runpy
 import shlex
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -74,6 +75,25 @@ def known_flags() -> set[str]:
                     getattr(import_module(f"vavae_tools.{module}"), function)()
     ends = (f"--{key.rpartition('.')[2]}" for key in keys)
     return {*ends, *(f"--{key}" for key in keys), *re.findall(r"--[a-z][\w-]+", said.getvalue())}
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(here, gait, run_main):
+    """As they stand, but with a small data set and a few steps."""
+    path = re.search(r"<!-- path -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    short = {
+        "minimal_training_modification.py": "--image_size 16 --max_epochs 1",
+        "vavae_tools.train": "--hidden_size 16 --depth 1 --num_heads 2 --max_steps 2 --previews 0",
+        "vavae_tools.sample": "--num_steps 1",
+        "--gain": "--steps 2 --seeds 1",
+    }
+    for line in path[1].splitlines():
+        words = shlex.split(line.replace("DIR", str(gait), 1) if "--input_dir" in line else line)
+        name = words[2] if words[1] == "-m" else words[1]
+        more = short.get("--gain" if "--gain" in words else name, "").split()
+        module = import_module(name) if words[1] == "-m" else SimpleNamespace(**runpy.run_path(str(ROOT / name)))
+        status, _, err = run_main(module.main, *words[3 if words[1] == "-m" else 2 :], *more)
+        assert not status, f"{line}: {err[-2000:]}"
+    assert (here / "outputs/evaluation/gain.json").is_file() and len([*here.glob("outputs/samples/ID_*")]) == 3
 
 
 def test_examples_of_the_architecture_run(tmp_path, monkeypatch):

@@ -360,14 +360,14 @@ ROWS = {
     "token_images": (1, [*NET, "--data_path", "zen"]),
     "vavae_dit": (1, [*NET, "output_dir=outputs/dit"]),
 }
-"""Of README's table: a part of each training's line, how long a first one takes, and what makes it tiny."""
+"""Of the docs' table: a part of each training's line, how long a first one takes, and what makes it tiny."""
 
 
 def test_commands_of_other_projects_run_as_the_readme_has_them(train, run_main, split_dir, vavae_dir):
     Path("outputs").mkdir()
     Path("data_split").symlink_to(split_dir)
     Path("outputs/vavae").symlink_to(vavae_dir)
-    table = (ROOT / "README.md").read_text().split("| theirs | ours |")[1].split("\n\n")[0]
+    table = (ROOT / "docs/pages/coming_from.md").read_text().split("| theirs | ours |")[1].split("\n\n")[0]
     lines = dict(enumerate(re.findall(r"\| `python -m vavae_tools\.(train .+|sample .+)` \|", table)))
     for part, (epochs, words) in ROWS.items():
         number = next(number for number, line in lines.items() if part in line)

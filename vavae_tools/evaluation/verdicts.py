@@ -3,7 +3,7 @@
 from vavae_tools.evaluation.metrics import percent
 from vavae_tools.evaluation.reconstructions import ConditionComparison, ReconstructionScores
 
-# Measured on 240 real spectrograms (README, "What to expect"), where the source is not named
+# Measured on 240 real spectrograms (docs, "Results"), where the source is not named
 SHARPNESS = 0.75  # 0.79 after 40 epochs at 128 pixels, 0.71 after 12, which the eye calls blurred
 ACCURACY_LOST = 0.02  # below the originals': every recipe lost 0 to 0.4 %, the worst one, too
 FRECHET_RATIO = 2.0  # 1.0 to 1.4 with every recipe but the one that failed, which had 5.1

@@ -77,7 +77,7 @@ def find_preset(
 ) -> Preset:
     """Return the preset for this machine; for a split of simulated walkers one that ends within minutes.
 
-    The lengths on a CPU are measured (README); those on a GPU are estimated from its speed and the models' operations.
+    The lengths on a CPU are measured (docs, "Results"); those on a GPU are estimated from its speed and the operations.
 
     Args:
         weights: from `find_attached_weights`; a GPU is given them to start from, and lines say what starts from what.

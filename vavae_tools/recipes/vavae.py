@@ -49,7 +49,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "light": {},
     # The vector carries the person, at a cost in PSNR: the KL takes from the latents what the vector can tell. Of 1e-6
     # to 30, the least weight with which a classifier nearly always names the person whose vector decodes
-    # (benchmarks/vectors.py; README, "The vectors").
+    # (benchmarks/vectors.py; docs, "The VA-VAE").
     "vector": {"kl_weight": 10.0},
     # Every loss of the reference in one stage (its f16d32_vfdinov2). Its discriminator starts at 5,001 steps of both
     # optimisers, which are 2,500 of the model's.

@@ -160,7 +160,7 @@ def _check_count(count: int, num_nodes: int, machine: Machine, started: bool) ->
     raise UserError(
         f"{found}: torchrun starts a training on several machines, once on each: torchrun --nnodes={num_nodes} "
         f"--nproc_per_node={count} --node_rank=0 --master_addr=ADDRESS --master_port=29500 -m vavae_tools.train … "
-        "(with Slurm, --ntasks-per-node=1 and srun torchrun, see README.md, Two machines)"
+        "(with Slurm, --ntasks-per-node=1 and srun torchrun, see docs/pages/devices.md)"
     )
 
 
