@@ -31,7 +31,7 @@ def fit_schedule(
 
     A few images are made finely once. Times among that path's are chosen as in Chen et al. 2024 ("GITS"), by dynamic
     programming over the errors of single steps; then weights, step by step where the few steps have led, by least
-    squares. Of a few numbers a step, nothing is learnt by heart. An error is the root mean square of the end's
+    squares. Of a few numbers a step, nothing is learnt exactly. An error is the root mean square of the end's
     difference over the latents' standard deviation, of the last quarter of the images, which nothing was fitted to.
 
     Args:
