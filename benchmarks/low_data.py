@@ -18,6 +18,7 @@ from typing import Any
 
 from vavae_tools.checkpoints.resuming import best_checkpoint
 from vavae_tools.data.folders import list_folders
+from vavae_tools.diffusion import USUAL_STEPS
 from vavae_tools.evaluation.augmentation import Gain, evaluate_gain
 from vavae_tools.evaluation.report import evaluate_images
 from vavae_tools.pipelines.people import write_as_people
@@ -100,7 +101,7 @@ def measure(options: argparse.Namespace, per_person: int, end: float | None) -> 
     for name in (each for each in options.checkpoints if each != "people"):
         samples = work / f"samples_{name}"
         labels = list(list_folders(split / "train")) * options.samples_per_person
-        settings = {"num_inference_steps": preset.num_steps, "guidance_scale": options.guidance_scale}
+        settings = {"num_inference_steps": USUAL_STEPS, "guidance_scale": options.guidance_scale}
         in_time = end is None or time.time() < end
         if not in_time or not write_samples(
             checkpoint_of(dit, name), labels, samples, options.seed, until=end, **settings

@@ -14,7 +14,8 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 SHORTER = {
     "vt.find_preset(": "(lambda *given: __import__('dataclasses').replace(vt.find_preset(*given), "
-    "vavae_epochs=1, dit_steps=4, samples_per_person=2, num_steps=2, previews=1))(",
+    "vavae_epochs=1, dit_steps=4, samples_per_person=2, previews=1))(",
+    "vt.fit_schedule(pipeline_dir,": "vt.fit_schedule(pipeline_dir, (1, 10), images=4,",
     '["experiment=text_dummy"]': '["experiment=text_dummy", "data.num_samples=256", "model.hidden_size=48", '
     '"sampling.num_steps=2"]',
     '["experiment=token_dummy"]': '["experiment=token_dummy", "training.max_steps=4", "model.hidden_size=16", '

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from vavae_tools.diffusion.solvers import AdamsScheduler, adams_terms, guided_prediction
-from vavae_tools.pipelines.batches import in_batches, precision_for
-from vavae_tools.pipelines.classes import LatentDiTPipeline
+from vavae_tools.pipelines.batches import in_batches, move_to_device, precision_for
+from vavae_tools.pipelines.classes import LatentDiTPipeline, load_pipeline
 from vavae_tools.runtime.errors import UserError, in_home
 from vavae_tools.runtime.files import save_model
-from vavae_tools.runtime.machine import computing_in
+from vavae_tools.runtime.machine import computing_in, find_device
 
 FINE_STEPS = 50  # of the path to come near to, of second order; with 100 the few steps came no nearer
 _RIDGE = 1e-4  # of the weights' squares, relative: two changes of velocity may be nearly alike
@@ -20,7 +20,7 @@ _RIDGE = 1e-4  # of the weights' squares, relative: two changes of velocity may 
 
 @torch.no_grad()
 def fit_schedule(
-    pipe: LatentDiTPipeline,
+    pipe: LatentDiTPipeline | str | Path,
     steps: Sequence[int] = (5, 8, 10, 20),
     guidance_scale: float = 1.25,
     images: int = 16,
@@ -31,12 +31,18 @@ def fit_schedule(
 
     A few images are made finely once. Times among that path's are chosen as in Chen et al. 2024 ("GITS"), by dynamic
     programming over the errors of single steps; then weights, step by step where the few steps have led, by least
-    squares. Of a few numbers a step, nothing is learnt exactly. An error is the root mean square of the end's
+    squares. So few numbers cannot memorise the images. An error is the root mean square of the end's
     difference over the latents' standard deviation, of the last quarter of the images, which nothing was fitted to.
 
     Args:
+        pipe: or the path of one, in whose folder the schedule is then kept.
         guidance_scale, guidance: arguments of `guided_prediction` with which images will be made, or nearly so.
     """
+    if isinstance(pipe, str | Path):
+        folder, pipe = pipe, move_to_device(load_pipeline(pipe), find_device())
+        errors = fit_schedule(pipe, steps, guidance_scale, images, seed, **guidance)
+        keep_schedule(pipe, folder)
+        return errors
     if pipe.objective.path == "discrete":
         raise UserError("Schedules are fitted to flow matching; this model predicts noise: take dpm++ or unipc")
     if min(steps, default=0) < 1 or max(steps) > FINE_STEPS // 2:

@@ -44,7 +44,6 @@ class Preset:
     ema_decay: float = 0.999
     previews: int = 6  # grids of samples in all
     samples_per_person: int = 50
-    num_steps: int = 50  # calls of the denoiser for each image
     guidance_scale: float = 1.25
 
     @property
@@ -62,7 +61,6 @@ _OF_WALKERS = {
     "ema_decay": 0.99,
     "previews": 2,
     "samples_per_person": 20,
-    "num_steps": 20,
     "guidance_scale": 2.5,
     "dit": {"hidden_size": 256, "depth": 6, "num_heads": 4},
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vavae_tools.autoencoders.vavae import vavae
 from vavae_tools.data.latents import LatentFolder
 from vavae_tools.data.split_report import read_split_info
+from vavae_tools.diffusion import FITTED_STEPS
 from vavae_tools.diffusion.dit import make_denoiser, split_reference_arguments
 from vavae_tools.diffusion.lora import add_lora
 from vavae_tools.evaluation.metrics import aligned
@@ -176,7 +177,7 @@ def estimate_hours(preset: Preset, split: str | Path) -> dict[str, float]:
     of_dit, of_call = _time_denoiser(preset, latents, len(info["labels"]))
     release_memory()
     steps = preset.vavae_epochs * math.ceil(info["totals"]["train"] / preset.vavae_batch_size / devices)
-    calls = preset.num_steps * (1 if preset.guidance_scale == 1 else 2)
+    calls = FITTED_STEPS * (1 if preset.guidance_scale == 1 else 2)
     samples = len(info["labels"]) * preset.samples_per_person / devices
     seconds = {"vavae": steps * of_vavae, "dit": preset.dit_steps * of_dit, "samples": samples * calls * of_call}
     return {stage: value / 3600 for stage, value in seconds.items()}
