@@ -86,7 +86,8 @@ def test_more_real_images_stand_beside_generated_ones_where_there_are_some(split
     [
         (
             12,
-            "+55.6 points (95 % +37.0 to +74.1) with real + 2 generated: accuracy on validation images 44.4 % → 100.",
+            "use 2 generated images for each real one: +55.6 points (95 % +37.0 to +74.1), accuracy on validation "
+            "images 44.4 % → 100.",
         ),
         (0, "no gain that can be told: +0.0 points"),
     ],
@@ -139,7 +140,7 @@ def test_the_command_trains_tells_and_refuses(split, tmp_path, fault, run_main):
     status, out, err = run_main(evaluate.main, *words, "--gain", "--seeds", 1, "--steps", 2)
     assert not status and "generated alone" in out and (tmp_path / "out" / "gain.json").is_file(), err
     assert "generated alone: accuracy " in err  # as soon as it is known
-    assert "--seeds is for --gain" in fault(evaluate.main, *words, "--seeds", 2)
+    assert "--steps is for --gain" in fault(evaluate.main, *words, "--steps", 2)
 
 
 def test_without_held_out_images_there_is_no_gain_to_tell(split, tmp_path):

@@ -74,7 +74,7 @@ def run(split, trained, tmp_path):
     def evaluate_there(generated, data_dir=split, **settings):
         (tmp_path / "out").mkdir(exist_ok=True)
         shutil.copy(trained[0] / "classifier.safetensors", tmp_path / "out")
-        return evaluate_images(generated, data_dir, tmp_path / "out", progress=False, **settings)
+        return evaluate_images(generated, data_dir, tmp_path / "out", progress=False, **{"seeds": 1, **settings})
 
     return evaluate_there
 
@@ -123,7 +123,7 @@ def test_the_classifier_is_trained_once_for_the_same_images(split, tmp_path, mon
     assert calls == [0, 1, 1]
     image(1, np.random.default_rng(9)).save(next((tmp_path / "train" / "ID_2").iterdir()))
     get()
-    (tmp_path / "out" / "classifier.safetensors").write_bytes(b"cut off")
+    (tmp_path / "out" / "classifier_1.safetensors").write_bytes(b"cut off")
     get()
     assert len(calls) == 5
 
@@ -186,13 +186,15 @@ def test_what_is_written_and_printed(split, run, tmp_path, run_main):
     assert written["total"]["generated"] == 12 and list(written["people"]) == ["ID_1", "ID_3"]
     assert written["distances"]["times_real"] == pytest.approx(result.distances.times_real)
     assert len(written["nearest"]) == 12 and written["image_size"] == [SIZE, SIZE]
-    for name in ("real_and_generated", "generated_and_nearest", "right_person"):
+    assert written["verdict"] == result.verdict and "too few images for more of a verdict: 12" in result.verdict[-1]
+    for name in written["figures"]:
         assert Image.open(out / "figures" / f"{name}.png").size[0] > 200
     assert not list(out.rglob("*.partial"))
     text = str(result)
-    assert text.startswith("12 generated images of 2 persons, 32×32 (") and str(out) in text.splitlines()[-1]
+    assert text.startswith("a missing person: no generated images of ID_2") and str(out) in text.splitlines()[-1]
+    assert "\n12 generated images of 2 persons, 32×32 (" in text
     assert "Fréchet distance" in text and "kernel distance" in text and "nearest training image" in text
-    flags = ["--generated_dir", tmp_path / "made", "--data_dir", split, "--output_dir", out]
+    flags = ["--generated_dir", tmp_path / "made", "--data_dir", split, "--output_dir", out, "--seeds", 1]
     assert run_main(evaluate.main, *flags)[:2] == (0, f"{text}\n")  # the same seed, the same numbers
 
 
@@ -226,7 +228,7 @@ def test_one_person_only(tmp_path):
     write_people(tmp_path / "people", (1,), 20, seed=0)
     split_folders(tmp_path / "people", tmp_path / "split", 0.6, 0.4, progress=False)
     made = write_people(tmp_path / "made", (1,), 8, seed=5)
-    result = evaluate_images(made, tmp_path / "split", tmp_path / "out", progress=False)
+    result = evaluate_images(made, tmp_path / "split", tmp_path / "out", progress=False, seeds=2)
     assert result.total.generated_accuracy is None and any("one person only" in note for note in result.notes)
     assert result.distances.frechet_generated > 0 and "right_person" not in result.figures
     assert not (tmp_path / "out" / "classifier.safetensors").exists()
@@ -238,7 +240,7 @@ def test_one_person_only(tmp_path):
     [
         (lambda folder: folder.mkdir(), r"No generated images in .*made; it holds nothing.*ID_1/, ID_2/, ID_3/"),
         (lambda folder: None, "No such folder"),
-        (lambda folder: write_people(folder, (1, 7), 1, 0), "images of ID_7, but .* knows ID_1, ID_2, ID_3. Rename"),
+        (lambda folder: write_people(folder, (7,), 1, 0), "images of ID_7, but .* knows ID_1, ID_2, ID_3. Rename"),
         (lambda folder: ((folder / "ID_1").mkdir(parents=True), (folder / "ID_1/a.png").write_bytes(b"x")), "a.png"),
     ],
 )
@@ -267,16 +269,16 @@ def test_grey_images_that_are_not_square_are_judged(tmp_path):
     out, grey_split = tmp_path / "out", tmp_path / "split"
     split_folders(tmp_path / "people", grey_split, 0.7, 0.3, progress=False)
     made = write_grey(tmp_path / "made", (1, 2, 3), 8, seed=5)
-    result = evaluate_images(made, grey_split, out, progress=False)
+    result = evaluate_images(made, grey_split, out, progress=False, seeds=1)
     assert result.image_size == (HEIGHT, WIDTH) and result.notes == []
     assert result.total.generated_accuracy > 0.9 and result.total.validation_accuracy > 0.9
     assert result.distances.times_real < 10
-    assert str(result).startswith("24 generated images of 3 persons, 24×40 (")
+    assert "\n24 generated images of 3 persons, 24×40 (" in str(result)
     figure = np.asarray(Image.open(out / "figures" / "real_and_generated.png").convert("RGB")).astype(int)
     assert np.ptp(figure, axis=2).max() == 0  # grey everywhere
     # the same images stored in colour have the same numbers
     in_colour = write_grey(tmp_path / "coloured", (1, 2, 3), 8, seed=5, mode="RGB")
-    coloured = evaluate_images(in_colour, grey_split, out, progress=False)
+    coloured = evaluate_images(in_colour, grey_split, out, progress=False, seeds=1)
     assert len(coloured.notes) == 1 and "stored in colour, the real ones in grey" in coloured.notes[0]
     assert (coloured.total, coloured.distances, coloured.copies) == (result.total, result.distances, result.copies)
 

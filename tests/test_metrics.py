@@ -8,9 +8,11 @@ from vavae_tools.evaluation.metrics import (
     Interval,
     frechet_distance,
     kernel_distance,
+    log_spectral_distance,
     mean_kernel_distance,
     nearest,
     neighbourhoods,
+    power_spectrum,
     psnr,
     sharpness,
     ssim,
@@ -55,6 +57,27 @@ def test_sharpness_by_hand_and_of_flat_images():
     checks = torch.tensor([[[0.0, 0.5], [0.5, 0.0]]])  # all four ½
     assert sharpness(torch.stack([ramp, checks, ramp]), torch.stack([checks, ramp, flat])).tolist() == [2, 0.5, 0]
     assert sharpness(torch.stack([flat, flat]), torch.stack([flat, ramp])).isnan().all()
+
+
+@pytest.mark.parametrize("size", [16, 15])
+def test_power_spectrum_is_exact_on_a_sine(size):
+    wave = 0.6 * torch.sin(2 * torch.pi * 4 * torch.arange(size) / size + 0.3)
+    images = torch.stack([wave.expand(1, 12, size), 0.5 * wave.expand(1, 12, size)])
+    power = power_spectrum(images, 3)
+    assert power.shape == (2, size // 2 + 1)
+    assert power[0, 3:6].sum().item() == pytest.approx(0.6**2 / 2, rel=1e-5)  # half its squared amplitude
+    assert power[0, [0, 1, 2]].max() < 1e-12 and power[0, 4] == pytest.approx(4 * power[0, 3].item(), rel=1e-4)
+    torch.testing.assert_close(power[1], power[0] / 4)
+    torch.testing.assert_close(power_spectrum(images.mT, 2), power)
+    flat = power_spectrum(images, 2)  # nothing changes along the other axis
+    assert flat[0, 2:].max() < 1e-12
+
+
+def test_log_spectral_distance_is_in_decibels_above_what_rounding_hides():
+    a = torch.tensor([1.0, 0.1, 0.01])
+    assert log_spectral_distance(a, a / 10) == pytest.approx(10)
+    assert log_spectral_distance(a, a * torch.tensor([1.0, 1.0, 100.0])) == pytest.approx(20 / 3**0.5)
+    assert log_spectral_distance(a * 1e-9, torch.zeros(3)) == 0
 
 
 def test_frechet_distance_is_the_closed_form_of_two_gaussians():

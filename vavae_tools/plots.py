@@ -148,6 +148,46 @@ def plot_intervals(values: Mapping[str, tuple[float, float, float]], x_label: st
     return ax.figure
 
 
+def plot_confusions(shares: Mapping[str, Tensor], names: Sequence[str]) -> "Figure":
+    """Plot for each kind of image a matrix (P, P): percent of a person's images (rows) that are named as each."""
+    side = max(2.6, 0.38 * len(names) + 1.2)
+    figure = new_figure((side * len(shares), side))
+    for place, (kind, matrix) in enumerate(shares.items()):
+        ax = figure.add_subplot(1, len(shares), place + 1)
+        ax.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
+        for row, column in matrix.isfinite().nonzero().tolist() if len(names) <= 12 else ():
+            value = matrix[row, column].item()
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="wk"[value < 50])
+        ax.set(title=f"{kind} images, %", xlabel="named as", ylabel="person" if place == 0 else "")
+        ax.set_xticks(range(len(names)), names, rotation=90)
+        ax.set_yticks(range(len(names)), names if place == 0 else [])
+    return figure
+
+
+def plot_calibration(bins: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> "Figure":
+    """Plot accuracy over confidence, both in percent, for each kind of image; on the diagonal they agree."""
+    ax = _axes((4.0, 3.6))
+    ax.plot([0, 100], [0, 100], color="grey", linewidth=1, linestyle=":")
+    for kind, (confidence, accuracy) in bins.items():
+        ax.plot(confidence, accuracy, marker="o", label=kind)
+    ax.set(xlabel="the classifier's confidence, %", ylabel="accuracy, %", xlim=(-2, 102), ylim=(-2, 102))
+    ax.legend(**_LEGEND, ncols=len(bins))
+    return ax.figure
+
+
+def plot_crosses(points: Mapping[tuple[str, str, str], Sequence[tuple]], x_label: str, y_label: str) -> "Figure":
+    """Plot points with two intervals each, by name, kind and mark: {("ID_1", "real", "x"): ((x, low, high), …)}."""
+    ax, names = _axes((5.0, 4.0)), list(dict.fromkeys(name for name, *_ in points))
+    for (name, kind, mark), of in points.items():
+        (x, y), errors = zip(*((value, [[value - low], [high - value]]) for value, low, high in of), strict=True)
+        style = {"fmt": mark, "color": f"C{names.index(name) % 10}", "alpha": 0.8, "elinewidth": 0.7}
+        ax.errorbar(x, y, xerr=errors[0], yerr=errors[1], label=f"{printable(name)}, {kind}", **style)
+    ax.set(xlabel=x_label, ylabel=y_label, xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax.figure
+
+
 def plot_followed(images: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure | None":
     """Plot how many images show the colour, shape, size and place that their prompts name; None of other prompts.
 

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from vavae_tools.data.images import DecodedImages, ImageSetDataModule
 from vavae_tools.evaluation.classifier import default_steps, train_classifier
-from vavae_tools.evaluation.compared import load_images
+from vavae_tools.evaluation.compared import images_key, load_images
+from vavae_tools.evaluation.html import write_report
 from vavae_tools.evaluation.metrics import Interval, aligned, percent, plain
 from vavae_tools.plots import plot_intervals, save_figures
 from vavae_tools.runtime.console import print_beside_bars
@@ -41,7 +42,7 @@ class MixtureScore:
     macro_f1: Interval
     gain: Interval | None  # of accuracy, beside real images alone, image by image; None: these are they
     people: dict[str, float]  # accuracy, of those with images enough
-    with_generated: bool = False  # beside all real ones, without masks
+    share: float | None = None  # generated images for each real one, beside all of these and without masks
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +57,7 @@ class Gain:
     best: str  # the mixture with generated images that the verdict is about
     mixtures: list[MixtureScore]
     notes: list[str]
+    key: str  # of the images, as `Evaluation` has it
     figures: dict[str, Any] = field(compare=False)  # matplotlib's
 
     def __str__(self) -> str:
@@ -73,7 +75,7 @@ class _Mixture(NamedTuple):
     name: str
     parts: Sequence[DecodedImages]
     masks: bool = False
-    candidate: bool = False  # for the verdict
+    share: float | None = None  # of one that the verdict may be about
 
 
 def evaluate_gain(
@@ -88,7 +90,9 @@ def evaluate_gain(
     progress: bool = True,
     **source: Any,
 ) -> Gain:
-    """Train classifiers on real images, on generated ones and on both; write `gain.json` and a figure.
+    """Train classifiers on real images, on generated ones and on both.
+
+    Written are `gain.json`, a figure, and `evaluation.html`, which holds what `evaluate_images` wrote there, too.
 
     All are trained for the same number of steps, and asked about the test images, or where a data set has none, about
     those that validate. What is already trained in `output_dir` is not trained again.
@@ -121,17 +125,21 @@ def evaluate_gain(
     best = _best(scores, named, asked[-1].labels)  # the validation images choose where others are asked about
     if few := [name for name, label in labels.items() if (known == label).sum() < FEWEST]:
         notes.append(f"{join_first(few)}: fewer than {FEWEST} {subset} images, too few for a number of their own")
+    key = images_key(real, generated)
     figures = {"gain": plot_intervals({score.name: astuple(score.accuracy) for score in scores}, "accuracy, %")}
-    gain = Gain(_verdict(best, scores[0], subset), subset, len(test), steps, seeds, best.name, scores, notes, figures)
+    gain = Gain(
+        _verdict(best, scores[0], subset), subset, len(test), steps, seeds, best.name, scores, notes, key, figures
+    )
     save_figures(figures, output_dir / "figures")
     write_json(output_dir / "gain.json", plain(gain))
+    write_report(output_dir)
     return gain
 
 
 def _best(scores: Sequence[MixtureScore], named: dict[str, list[Tensor]], known: Tensor) -> MixtureScore:
     """Return the share of generated images beside all real ones that is best on the last set that was asked about."""
     return max(
-        (score for score in scores if score.with_generated), key=lambda score: (named[score.name][-1] == known).sum()
+        (score for score in scores if score.share is not None), key=lambda score: (named[score.name][-1] == known).sum()
     )
 
 
@@ -161,7 +169,7 @@ def _mixtures(
     for share in enough:
         wanted = {label: round(share * count) for label, count in counts.items()}
         part = _first(generated, made, wanted)
-        yield _Mixture(f"real + {share:.2g} generated", [of_real, part], candidate=True)
+        yield _Mixture(f"real + {share:.2g} generated", [of_real, part], share=share)
         if share == enough[-1]:
             yield _Mixture(f"{MASKS} + {share:.2g} generated", [of_real, part], masks=True)
             yield _Mixture("generated alone", [part])
@@ -214,7 +222,7 @@ def _score(mixture: _Mixture, named: Tensor, of_real: Tensor, known: Tensor, lab
     people = {name: value for name, value in people.items() if (known == labels[name]).sum() >= FEWEST}
     images = sum(map(len, mixture.parts))
     accuracy, f1 = _interval(right, *weights), _macro_f1(named, known, *weights)
-    return MixtureScore(mixture.name, images, accuracy, f1, gain, people, mixture.candidate)
+    return MixtureScore(mixture.name, images, accuracy, f1, gain, people, mixture.share)
 
 
 def _resampled(known: Tensor, seeds: int) -> tuple[Tensor, Tensor]:
@@ -255,10 +263,10 @@ def _of_draws(of_seeds: Tensor, values: Tensor) -> Interval:
 
 def _verdict(best: MixtureScore, real: MixtureScore, subset: str) -> str:
     low, high = best.gain.low, best.gain.high
+    share = f"{best.share:.2g} generated images for each real one"
     points = f"{best.gain.value:+.1f} points (95 % {low:+.1f} to {high:+.1f})"
     where = f"accuracy on {subset} images {real.accuracy.value:.1f} % → {best.accuracy.value:.1f} %"
     if low > 0:
-        return f"{points} with {best.name}: {where}"
-    if high < 0:
-        return f"a loss: {points} with {best.name}, the best mixture: {where}"
-    return f"no gain that can be told: {points} with {best.name}, the best mixture: {where}"
+        return f"use {share}: {points}, {where}"
+    found = "a loss: do not use them" if high < 0 else "no gain that can be told"
+    return f"{found}: {points} with {share}, the best share: {where}"

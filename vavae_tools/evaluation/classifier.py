@@ -164,8 +164,8 @@ class _Together:
 def cached_classifier(
     train: DecodedImages, num_classes: int, folder: str | Path, seed: int = 0, **training: Any
 ) -> PersonClassifier:
-    """Return the classifier in `folder`, where these very images and this recipe made it; else train it there."""
-    path = Path(folder) / "classifier.safetensors"
+    """Return this seed's classifier in `folder`, if these very images and this recipe made it; else train it there."""
+    path = Path(folder) / f"classifier{f'_{seed}' if seed else ''}.safetensors"
     settings = [_FORM, num_classes, seed, train.image_size, train.channels, train.labels.tolist()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for part in train.contents():

@@ -34,19 +34,43 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(values)
 
 
+def gradients(images: Tensor) -> Tensor:
+    """Return the mean absolute difference of neighbours, in both axes together: (N, C, H, W) → float64 (N,)."""
+    of_each = ([image.double().diff(dim=dim).abs().flatten() for dim in (-2, -1)] for image in images)
+    return torch.stack([torch.cat(both).mean() for both in of_each])
+
+
 @in_float32
 def sharpness(a: Tensor, b: Tensor) -> Tensor:
     """Return how sharp each `b` is beside its `a`: (N, C, H, W) in [-1, 1], twice → float32 (N,).
 
-    The mean absolute difference of neighbours, in both axes together, of `b` as a multiple of that of `a`: 1 is as
-    sharp, less is blurred or pale, more is noisier. NaN where `a` is one flat colour.
+    The `gradients` of `b` as a multiple of those of `a`: 1 is as sharp, less is blurred or pale, more is noisier. NaN
+    where `a` is one flat colour.
     """
-
-    def gradient_energy(image: Tensor) -> Tensor:
-        return torch.cat([image.double().diff(dim=dim).abs().flatten() for dim in (-2, -1)]).mean()
-
-    of_a, of_b = (torch.stack([gradient_energy(image) for image in images]) for images in (a, b))
+    of_a, of_b = gradients(a), gradients(b)
     return torch.where(of_a > 0, of_b / of_a, torch.nan).float()
+
+
+@in_float32
+def power_spectrum(images: Tensor, axis: int) -> Tensor:
+    """Return each image's mean power at 0, 1, … cycles along an axis: (N, C, H, W) → float64 (N, size // 2 + 1).
+
+    Under a Hann window, without which the step between an image's two edges would hide how little a blurred one has of
+    many cycles. A sine's power, half its squared amplitude, lies in its own place and the two beside it.
+    """
+    images = images.double().movedim(axis, -1)
+    size = images.shape[-1]
+    window = torch.hann_window(size, dtype=torch.float64)  # its mean square is 3/8
+    power = torch.fft.rfft(images * window, norm="forward").abs().square().flatten(1, -2).mean(dim=1) / 0.375
+    power[:, 1 : (size + 1) // 2] *= 2  # of the same cycles backwards
+    return power
+
+
+def log_spectral_distance(a: Tensor, b: Tensor) -> float:
+    """Return the root of the mean squared difference of two power spectra (K,) in dB; below rounding to 8 bits is 0."""
+    least = (2 / 255) ** 2 / 12 / (2 * len(a))  # of an image in [-1, 1] that is rounded
+    apart = [10 * of.double().clamp_min(least).log10() for of in (a, b)]
+    return (apart[0] - apart[1]).square().mean().sqrt().item()
 
 
 @in_float32

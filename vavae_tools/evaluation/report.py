@@ -1,5 +1,6 @@
 """Generated images beside real ones: are they the right person, how far off, and are they copies."""
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,20 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.data.images import to_unit
+from vavae_tools.data.images import DecodedImages, to_unit
 from vavae_tools.evaluation import metrics
-from vavae_tools.evaluation.classifier import cached_classifier, train_classifier
-from vavae_tools.evaluation.compared import PersonScore, Sets, Subset, load_images
+from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier, train_classifier
+from vavae_tools.evaluation.compared import (
+    PersonScore,
+    Sets,
+    Subset,
+    calibration_error,
+    images_key,
+    load_images,
+    mean_score,
+)
 from vavae_tools.evaluation.figures import make_figures
+from vavae_tools.evaluation.html import REPORT, write_report
 from vavae_tools.evaluation.metrics import aligned, percent
+from vavae_tools.evaluation.texture import Texture, measure_texture
+from vavae_tools.evaluation.verdicts import judge_images
 from vavae_tools.plots import save_figures
 from vavae_tools.runtime.errors import in_home, join_first
 from vavae_tools.runtime.files import write_json
 from vavae_tools.runtime.machine import device_of, release_memory
 
+SEEDS = 3
 _DRAWS = 10  # of sets of equal size
 _MIN_IMAGES = 20  # in each, of which three nearest neighbours tell anything
 _MIN_IMAGES_PER_PERSON = 4  # images of a person that a distance can be measured with
+
+
+@dataclass(frozen=True)
+class PersonNeighbourhoods:
+    """`metrics.neighbourhoods` of one person's images, generated and real training ones."""
+
+    images: int  # in each set
+    generated: dict[str, metrics.Interval]
+    real: dict[str, metrics.Interval]
 
 
 @dataclass(frozen=True)
@@ -29,7 +51,8 @@ class SetDistances:
 
     The Fréchet distances and `metrics.neighbourhoods` compare sets of one size with the same number of each person's
     images, so that the bias of small samples is the same in both; they are means over ten random draws of such sets.
-    The kernel distances, which have no bias, take all images, and are means over persons.
+    The kernel distances, which have no bias, take all images, and are means over persons. All are means over
+    classifiers, in whose features they are measured.
     """
 
     images: int  # in each set
@@ -39,23 +62,29 @@ class SetDistances:
     kernel_real: metrics.Interval
     neighbourhoods_generated: dict[str, metrics.Interval]  # by name of `metrics.neighbourhoods`; none of few images
     neighbourhoods_real: dict[str, metrics.Interval]
+    people: dict[str, PersonNeighbourhoods]  # of those with images enough
+    times_by_classifier: list[float]  # Fréchet distances, generated over real: of blurred images three gave 12 to 42
 
     @property
     def times_real(self) -> float:
-        # to compare within one classifier, or as a mean over several seeds: of blurred images three gave 12 to 42
         return self.frechet_generated / max(self.frechet_real, 1e-12)
 
     def __str__(self) -> str:
+        sets = f"({self.images:,} images in each set; kernel distance: all, mean over persons)"
+        return "\n".join([*aligned(self.rows()), sets])
+
+    def rows(self) -> list[tuple[str, ...]]:
         times = f"{self.times_real:.1f} times"
+        if len(self.times_by_classifier) > 1:
+            lowest, highest = min(self.times_by_classifier), max(self.times_by_classifier)
+            times += f" ({lowest:.1f} to {highest:.1f} by classifier)"
         rows = [
             ("to real validation images from", "generated", "real training", ""),
             ("Fréchet distance", *(f"{x:.3g}" for x in (self.frechet_generated, self.frechet_real)), times),
             ("kernel distance [95 %]", str(self.kernel_generated), str(self.kernel_real), ""),
         ]
         pairs = zip(self.neighbourhoods_generated.items(), self.neighbourhoods_real.values(), strict=True)
-        rows += [(f"{name} [95 %]", f"{made:.2f}", f"{real:.2f}", "") for (name, made), real in pairs]
-        sets = f"({self.images:,} images in each set; kernel distance: all, mean over persons)"
-        return "\n".join([*aligned(rows), sets])
+        return rows + [(f"{name} [95 %]", f"{made:.2f}", f"{real:.2f}", "") for (name, made), real in pairs]
 
 
 @dataclass(frozen=True)
@@ -93,33 +122,45 @@ class Evaluation:
     data_dir: str
     output_dir: str
     image_size: tuple[int, int]
+    classifiers: int  # which differ in their seeds alone, and over which accuracies and distances are means
     total: PersonScore
     people: dict[str, PersonScore]
+    missing: list[str]  # persons of the real images without a generated one
     distances: SetDistances | None
+    texture: Texture | None
+    calibration: dict[str, float]  # mean difference of confidence and accuracy, of "generated" and "real" images
     copies: CopyCheck
     nearest: list[NearestImage]
     notes: list[str]
+    key: str  # of the images, real and generated
     figures: dict[str, Any] = field(compare=False)  # matplotlib's
 
+    @property
+    def verdict(self) -> list[str]:
+        return judge_images(self)
+
     def as_dict(self) -> dict:
-        values = metrics.plain(self)
+        values = {"verdict": self.verdict, **metrics.plain(self), "figures": list(self.figures)}
         if self.distances:
             values["distances"]["times_real"] = self.distances.times_real
         return values
 
-    def __str__(self) -> str:
-        height, width = self.image_size
-        persons = f"{len(self.people)} person{'s' * (len(self.people) != 1)}"
+    def rows(self) -> list[tuple[str, ...]]:
         rows = [("person", "generated", "accuracy", "real validation", "accuracy")]
         for name, score in [*self.people.items(), ("all", self.total)]:
             made, real = percent(score.generated_accuracy), percent(score.validation_accuracy)
             rows.append((name, f"{score.generated:,}", made, f"{score.validation:,}", real))
-        lines = [f"{self.total.generated:,} generated images of {persons}, {height}×{width} ({self.generated_dir})", ""]
-        lines += aligned(rows)
-        lines += ["", str(self.distances)] if self.distances else []
+        return rows
+
+    def __str__(self) -> str:
+        height, width = self.image_size
+        persons = f"{len(self.people)} person{'s' * (len(self.people) != 1)}"
+        about = f"{self.total.generated:,} generated images of {persons}, {height}×{width} ({self.generated_dir})"
+        lines = [*self.verdict, "", about, "", *aligned(self.rows())]
+        for part in (self.distances, self.texture):
+            lines += ["", str(part)] if part else []
         lines += ["", str(self.copies), *(f"note: {note}" for note in self.notes)]
-        figures = ", ".join(f"figures/{name}.png" for name in self.figures)
-        return "\n".join([*lines, f"written: evaluation.json, {figures} ({self.output_dir})"])
+        return "\n".join([*lines, f"written: {REPORT}, evaluation.json, figures/ ({self.output_dir})"])
 
     __repr__ = __str__
 
@@ -130,18 +171,22 @@ def evaluate_images(
     output_dir: str | Path = "outputs/evaluation",
     image_size: int | tuple[int, int] | None = None,
     seed: int = 0,
+    seeds: int = SEEDS,
     progress: bool = True,
     **source: Any,
 ) -> Evaluation:
-    """Compare generated images with the real ones that train and validate; write `evaluation.json` and figures.
+    """Compare generated images with the real ones that train and validate.
 
-    A classifier is trained on the real training images, once: it is kept in `output_dir` for the next evaluation.
+    Written are `evaluation.html`, which holds all and what `evaluate_gain` wrote there about the same images,
+    `evaluation.json` and figures. Classifiers are trained on the real training images, once: they are kept in
+    `output_dir` for the next evaluation.
 
     Args:
         generated_dir: holds ID_1/ ID_2/ … with the names of the split's folders, or of the other data's classes.
         data_dir, source: what `ImageDataModule` reads, such as a split, and how, such as train_split, val_share, crop.
         image_size: pixels, to which all images are resized; by default the generated images' own.
-        seed: of the classifier, of the subsets that are compared, and of what is held out where nothing validates.
+        seed: of the first classifier, of the subsets that are compared, of what is held out where nothing validates.
+        seeds: classifiers, over which accuracies and distances are means.
     """
     output_dir = in_home(output_dir)
     real, generated, notes = load_images(
@@ -149,29 +194,45 @@ def evaluate_images(
     )
     labels, train, device = real.labels, real.train_data, device_of(0)
     several_persons = len(train.labels.unique()) > 1
-    if several_persons:
-        classifier = cached_classifier(train, real.num_classes, output_dir, seed, device=device, progress=progress)
-    else:
+    if not several_persons:
         notes.append(f"{data_dir} has images of one person only: distances are in features of an untrained network")
-        # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
-        classifier = train_classifier(train, real.num_classes, 0, seed, device, progress=False)
-    all_data = generated, train, real.val_data
-    sets = Sets(labels, *(data and Subset(data, *classifier.judge(data), several_persons) for data in all_data))
-    del classifier
-    release_memory()
-    people = {name: sets.score(label) for name, label in labels.items() if (generated.labels == label).any()}
-    copies, pairs, closest = _check_copies(sets)
-    distances, figures = _distances(sets, seed, notes), make_figures(people, sets, closest)
-    about = str(generated_dir), str(data_dir), str(output_dir), train.image_size, sets.score(None), people
-    evaluation = Evaluation(*about, distances, copies, pairs, notes, figures)
+    several = []
+    for each in range(seed, seed + seeds):
+        if several_persons:
+            classifier = cached_classifier(train, real.num_classes, output_dir, each, device=device, progress=progress)
+        else:
+            # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
+            classifier = train_classifier(train, real.num_classes, 0, each, device, progress=False)
+        all_data = generated, train, real.val_data
+        several.append(Sets(labels, *(data and _judged(classifier, data, several_persons) for data in all_data)))
+        del classifier
+        release_memory()
+    people = {name: mean_score(several, label) for name, label in labels.items() if (generated.labels == label).any()}
+    copies, pairs, closest = _check_copies(several[0])
+    distances, (texture, spectra) = _distances(several, seed, notes), measure_texture(several[0])
+    calibration = {kind: calibration_error(several, kind) for kind in several[0].judged()}
+    figures = make_figures(people, several, distances.people if distances else {}, spectra, closest)
+    evaluation = Evaluation(
+        *map(str, (generated_dir, data_dir, output_dir)),
+        *(train.image_size, seeds, mean_score(several, None), people, [name for name in labels if name not in people]),
+        *(distances, texture, calibration, copies, pairs, notes, images_key(real, generated), figures),
+    )
     save_figures(evaluation.figures, output_dir / "figures")
     write_json(output_dir / "evaluation.json", evaluation.as_dict())
+    write_report(output_dir)
     return evaluation
 
 
-def _distances(sets: Sets, seed: int, notes: list[str]) -> SetDistances | None:
-    labels, *subsets = sets
-    if sets.validation is None:
+def _judged(classifier: PersonClassifier, data: DecodedImages, several_persons: bool) -> Subset:
+    features, _ = classifier.judge(data)
+    with torch.inference_mode():
+        probabilities = classifier.head(features.to(classifier.head.weight.device)).softmax(dim=1).cpu()
+    return Subset(data, features, probabilities, several_persons)
+
+
+def _distances(several: Sequence[Sets], seed: int, notes: list[str]) -> SetDistances | None:
+    labels, *subsets = several[0]
+    if several[0].validation is None:
         notes.append("no real validation images, so no distances and no accuracy beside (split with --val_ratio)")
         return None
     shares, few = {}, []
@@ -179,7 +240,7 @@ def _distances(sets: Sets, seed: int, notes: list[str]) -> SetDistances | None:
         fewest = min(len(subset.of(label)) for subset in subsets)
         if fewest >= _MIN_IMAGES_PER_PERSON:
             shares[label] = fewest
-        elif len(sets.generated.of(label)):
+        elif len(several[0].generated.of(label)):
             few.append(name)
     if few:
         scope = "the distances leave them out" if shares else "no distances"
@@ -187,22 +248,41 @@ def _distances(sets: Sets, seed: int, notes: list[str]) -> SetDistances | None:
         notes.append(f"{join_first(few)}: {lack}: {scope}")
     if not shares:
         return None
-    frechet, found = torch.zeros(2, dtype=torch.float64), ([], [])
-    for draw in range(_DRAWS):
-        *made, reference = (_same_mix(subset, shares, seed * _DRAWS + draw) for subset in subsets)
-        frechet += torch.tensor([metrics.frechet_distance(of, reference) for of in made])
-        for drawn, of in zip(found, made, strict=True):
-            drawn.append(metrics.neighbourhoods(reference, of))
-    *made, reference = ([subset.features[subset.of(label)] for label in shares] for subset in subsets)
-    kernel = [metrics.mean_kernel_distance(of, reference, seed=seed) for of in made]
-    counts = sum(shares.values())
-    means = [_mean_intervals(drawn) if counts >= _MIN_IMAGES else {} for drawn in found]
-    return SetDistances(counts, *(frechet / _DRAWS).tolist(), *kernel, *means)
+    frechet, kernel = [], []
+    for sets in several:
+        drawn = [_same_mixes(sets, shares, seed * _DRAWS + draw) for draw in range(_DRAWS)]
+        frechet.append(torch.tensor([[metrics.frechet_distance(of, unseen) for of in made] for *made, unseen in drawn]))
+        *made, unseen = ([subset.features[subset.of(label)] for label in shares] for subset in sets[1:])
+        kernel.append([metrics.mean_kernel_distance(of, unseen, seed=seed) for of in made])
+    frechet, counts = torch.stack(frechet).mean(dim=1), sum(shares.values())  # (classifiers, 2)
+    kernel = [_mean_interval(of) for of in zip(*kernel, strict=True)]
+    means = _neighbourhoods(several, shares, seed) if counts >= _MIN_IMAGES else ({}, {})
+    people, enough = {}, {name: label for name, label in labels.items() if shares.get(label, 0) >= _MIN_IMAGES}
+    for name, label in enough.items():
+        share = shares[label]
+        people[name] = PersonNeighbourhoods(share, *_neighbourhoods(several, {label: share}, seed))
+    times = (frechet[:, 0] / frechet[:, 1].clamp_min(1e-12)).tolist()
+    return SetDistances(counts, *frechet.mean(dim=0).tolist(), *kernel, *means, people, times)
 
 
-def _mean_intervals(drawn: list[dict[str, metrics.Interval]]) -> dict[str, metrics.Interval]:
-    means = {name: torch.tensor([astuple(of[name]) for of in drawn]).mean(dim=0).tolist() for name in drawn[0]}
-    return {name: metrics.Interval(*values) for name, values in means.items()}
+def _neighbourhoods(several: Sequence[Sets], shares: dict[int, int], seed: int) -> list[dict[str, metrics.Interval]]:
+    """Return the means over classifiers and draws, of generated and of training images."""
+    found = [
+        [metrics.neighbourhoods(unseen, of) for of in made]
+        for sets in several
+        for *made, unseen in (_same_mixes(sets, shares, seed * _DRAWS + draw) for draw in range(_DRAWS))
+    ]
+    return [
+        {name: _mean_interval([of[name] for of in drawn]) for name in drawn[0]} for drawn in zip(*found, strict=True)
+    ]
+
+
+def _mean_interval(intervals: Sequence[metrics.Interval]) -> metrics.Interval:
+    return metrics.Interval(*torch.tensor([astuple(of) for of in intervals], dtype=torch.float64).mean(dim=0).tolist())
+
+
+def _same_mixes(sets: Sets, shares: dict[int, int], seed: int) -> list[Tensor]:
+    return [_same_mix(subset, shares, seed) for subset in sets[1:]]
 
 
 def _same_mix(subset: Subset, shares: dict[int, int], seed: int) -> Tensor:
