@@ -209,7 +209,7 @@ def _copies(found: dict[str, Any], shown: Any) -> list[str]:
         _table(rows),
         _read(
             "Above, generated images; below each the training image most like it. Two that are the same but for noise "
-            "are a copy: the model has learnt its images by heart, and looks better in all other numbers than it is. "
+            "are a copy: the model has learnt its images exactly, and looks better in all other numbers than it is. "
             "Real images have near ones, too: what counts is whether generated ones have more."
         ),
     ]
