@@ -319,7 +319,8 @@ def test_what_the_vectors_do(split_dir):
     for name, remade in expected.items():
         score = getattr(compared, name)
         assert score.psnr == pytest.approx(evaluate_reconstructions(originals, remade).psnr, rel=1e-5)
-        assert score.absolute_error == pytest.approx((to_unit(remade) - to_unit(originals)).abs().mean().item())
+        absolute = (to_unit(remade) - to_unit(originals)).abs().mean().item()
+        assert score.absolute_error == pytest.approx(absolute, rel=1e-5)
     assert len({compared.own, compared.another, compared.none}) == 3
     assert [len(row) for row in compared.images.values()] == [3] * 4
     first = [data.labels.tolist().index(label) for label in range(3)]
