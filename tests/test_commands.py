@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 FINE_TUNE = ["--condition_dim", "4", "--image_size", str(SIZE), "--batch_size", "6"]
 TINY_DIT = ["--hidden_size", "16", "--depth", "1", "--num_heads", "2", "--patch_size", "4", "--batch_size", "8"]
 SCRIPTS = {"split": "data_split.py", "fine_tune": "minimal_training_modification.py"}
-COMMANDS = ("train", "sample", "evaluate", "export", "checkpoints", "kaggle_session")
+COMMANDS = ("train", "sample", "evaluate", "select", "export", "checkpoints", "kaggle_session")
 MODULES = {name: f"vavae_tools.{name}" for name in COMMANDS} | {"checkpoints": "vavae_tools.checkpoints.__main__"}
 
 

@@ -64,6 +64,7 @@ _NAMES = {
     "evaluation.reconstructions": "evaluate_reconstructions evaluate_vavae compare_conditions decode_as_people",
     "evaluation.augmentation": "evaluate_gain",
     "evaluation.panel": "SamplingPanel",
+    "evaluation.selection": "select_images",
     "evaluation.verdicts": "judge_vavae judge_images",
     "evaluation.texts": "evaluate_tokens",
     "kaggle.session": "push_session pull_session",

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("train:main", "any experiment, such as the DiT on its latents"),
     "sample": ("sample:main", "images of chosen persons, or of sentences, or texts"),
     "evaluate": ("evaluate:main", "generated images beside real ones; --gain: do they help a classifier"),
+    "select": ("select:main", "the generated images that are worth training on"),
     "export": ("export:main", "a VA-VAE for diffusers or for LightningDiT"),
     "checkpoints": ("checkpoints.__main__:main", "list, inspect, prune, convert, verify, trust"),
     "kaggle": ("kaggle_session:main", "push and pull a run, write a kernel, collect wheels"),

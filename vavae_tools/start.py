@@ -4,10 +4,14 @@ Puts the repository on the path and installs what is missing of its requirements
 Never torch: Kaggle's and Colab's own build fits their GPUs, another one may not. Standard library only.
 """
 
-import importlib.metadata
 import os
-import subprocess
 import sys
+
+# Run as a file, its own folder is searched first, where select.py would be taken for Python's.
+sys.path[:] = [folder for folder in sys.path if folder != os.path.dirname(os.path.abspath(__file__))]
+
+import importlib.metadata
+import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -13,6 +13,7 @@ from torch import Tensor
 from vavae_tools.data.datasets import ImageDataModule
 from vavae_tools.data.folders import IMAGE_EXTENSIONS, contents, list_folders
 from vavae_tools.data.images import DecodedImages, ImageFolder, channels_of, hash_of, image_errors
+from vavae_tools.evaluation.classifier import PersonClassifier
 from vavae_tools.runtime.errors import UserError, join_first
 
 CALIBRATION_BINS = 10
@@ -48,6 +49,13 @@ class Subset(NamedTuple):
     def of(self, label: int) -> Tensor:
         """Return the places of a label's images."""
         return (self.data.labels == label).nonzero().flatten()
+
+
+def judged_by(classifier: PersonClassifier, data: DecodedImages, several_persons: bool = True) -> Subset:
+    features, _ = classifier.judge(data)
+    with torch.inference_mode():
+        probabilities = classifier.head(features.to(classifier.head.weight.device)).softmax(dim=1).cpu()
+    return Subset(data, features, probabilities, several_persons)
 
 
 class Sets(NamedTuple):

@@ -150,16 +150,10 @@ def neighbourhoods(real: Tensor, made: Tensor, k: int = 3) -> dict[str, Interval
 
     An interval is that of the images that are counted; where the others lie is taken as given.
     """
-    real, made = real.double(), made.double()
-
-    def reach(features: Tensor) -> Tensor:
-        return torch.cdist(features, features).kthvalue(k + 1, dim=1).values  # the nearest one is itself
-
-    apart, of_real = torch.cdist(real, made), reach(real)
-    inside = apart < of_real[:, None]
+    inside = within_reach(real, made, k)
     counted = {
         "precision": inside.any(dim=0),
-        "recall": (apart < reach(made)).any(dim=1),
+        "recall": within_reach(made, real, k).any(dim=0),
         "density": inside.sum(dim=0) / k,
         "coverage": inside.any(dim=1),
     }
@@ -169,6 +163,19 @@ def neighbourhoods(real: Tensor, made: Tensor, k: int = 3) -> dict[str, Interval
         most = math.inf if name == "density" else 1.0
         found[name] = Interval(mean, max(0.0, mean - spread), min(most, mean + spread))
     return found
+
+
+@in_float32
+def within_reach(real: Tensor, made: Tensor, k: int = 3) -> Tensor:
+    """Return bool (N, M): is each of `made` (M, D) nearer to each of `real` (N, D) than the k-th other real one."""
+    real, made = real.double(), made.double()
+    reach = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest one is itself
+    return torch.cdist(real, made) < reach[:, None]
+
+
+def copy_limit(features: Tensor) -> float:
+    """Return the distance below which one training image in a hundred has another one; 0 of a single image."""
+    return nearest(features)[1].quantile(0.01).item() if len(features) > 1 else 0.0
 
 
 @in_float32

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vavae_tools.data.images import DecodedImages, to_unit
+from vavae_tools.data.images import to_unit
 from vavae_tools.evaluation import metrics
-from vavae_tools.evaluation.classifier import PersonClassifier, cached_classifier, train_classifier
+from vavae_tools.evaluation.classifier import cached_classifier, train_classifier
 from vavae_tools.evaluation.compared import (
     PersonScore,
     Sets,
     Subset,
     calibration_error,
     images_key,
+    judged_by,
     load_images,
     mean_score,
 )
@@ -204,7 +205,7 @@ def evaluate_images(
             # features of random weights still tell sets of images apart (Naeem et al. 2020 measure with such)
             classifier = train_classifier(train, real.num_classes, 0, each, device, progress=False)
         all_data = generated, train, real.val_data
-        several.append(Sets(labels, *(data and _judged(classifier, data, several_persons) for data in all_data)))
+        several.append(Sets(labels, *(data and judged_by(classifier, data, several_persons) for data in all_data)))
         del classifier
         release_memory()
     people = {name: mean_score(several, label) for name, label in labels.items() if (generated.labels == label).any()}
@@ -221,13 +222,6 @@ def evaluate_images(
     write_json(output_dir / "evaluation.json", evaluation.as_dict())
     write_report(output_dir)
     return evaluation
-
-
-def _judged(classifier: PersonClassifier, data: DecodedImages, several_persons: bool) -> Subset:
-    features, _ = classifier.judge(data)
-    with torch.inference_mode():
-        probabilities = classifier.head(features.to(classifier.head.weight.device)).softmax(dim=1).cpu()
-    return Subset(data, features, probabilities, several_persons)
 
 
 def _distances(several: Sequence[Sets], seed: int, notes: list[str]) -> SetDistances | None:
@@ -298,7 +292,7 @@ def _check_copies(sets: Sets) -> tuple[CopyCheck, list[NearestImage], Tensor]:
     """Return the check, each generated image's nearest training image, and places (2, N) of both, nearest first."""
     made, known, unseen = sets.generated, sets.train, sets.validation
     places, lengths = metrics.nearest(made.features, known.features)
-    limit = metrics.nearest(known.features)[1].quantile(0.01).item() if len(known.features) > 1 else 0.0
+    limit = metrics.copy_limit(known.features)
     of_real = None, None
     if unseen is not None:
         usual = metrics.nearest(unseen.features, known.features)[1]

@@ -24,7 +24,7 @@ LOSS_ROSE = 1.05  # chosen: validation's noise is always the same, and 2.1 was m
 KNOBS = "export=best, early_stopping_patience"  # against memorising
 
 # Of generated images beside real ones
-# (measured: of 600 real spectrograms of 64 pixels 240 train, 240 others stand for generated ones; a blur of 1.2 pixels)
+# (measured: of 720 real spectrograms of 64 pixels 240 train, 240 others stand for generated ones; a blur of 1.2 pixels)
 FEWEST = 20  # generated images: of fewer, one that is wrong changes the accuracy by more than WRONG_PERSON
 COPIES = 0.05  # more than of real validation images: measured 0 to 0.004, and 0.175 where 60 images were memorised
 WRONG_PERSON = 0.05  # below real images' accuracy: chosen; measured 0 with real images, 0.06 with blurred ones
