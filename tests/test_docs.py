@@ -22,7 +22,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs/pag
 OTHERS = {  # of other programs: jupyter, pytest, torchrun, Slurm, theirs in the table of commands
     *("--inplace", "--dist", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port"),
     *("--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--time"),
-    *("--device", "--sizes", "--set"),  # of benchmarks
     *("--img_size", "--data_path", "--use_amp", "--gradient_accumulation_steps", "--epochs"),
 }
 
@@ -73,6 +72,8 @@ def known_flags() -> set[str]:
                 patch.setattr("sys.argv", ["command", *part.split(), "--help"])
                 with contextlib.suppress(SystemExit):
                     getattr(import_module(f"vavae_tools.{module}"), function)()
+    of_benchmarks = (path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    said.write(" ".join(of_benchmarks))
     ends = (f"--{key.rpartition('.')[2]}" for key in keys)
     return {*ends, *(f"--{key}" for key in keys), *re.findall(r"--[a-z][\w-]+", said.getvalue())}
 
