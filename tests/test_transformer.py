@@ -134,7 +134,7 @@ def test_in_reading_order_positions_follow_each_other_across_rows():
     [
         ("lightning", {}, r"there are lightningdit"),
         ("lightningdit", {"hiden_size": 3}, "No argument 'hiden_size' of the model"),
-        ("lightningdit", {"depth": 3}, "do not fit"),
+        ("lightningdit", {"depth": 3}, "The state_dict lacks 14 of the model's weights"),
         ("lightningdit", {"input_size": 8}, r"pos_embed is \(1, 16, 32\)"),
     ],
 )
