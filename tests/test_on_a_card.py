@@ -57,6 +57,9 @@ def test_on_a_card(found, card, scenario):
         assert not seen.get("waits")
         return
     numbers = seen["numbers"]
+    if seen["precision"] == "16-mixed" and numbers["train/skipped_steps"] == 1:
+        # on some processors one of the steps overflows at the scaler's first scale, which it leaves out and halves
+        numbers.pop("train/gradient_norm")
     assert numbers and all(map(math.isfinite, numbers.values())), numbers
     assert any(name.startswith("val/") for name in numbers)
     assert len(seen["written"]) == 2, seen["written"]

@@ -206,7 +206,7 @@ def test_the_stop_button_of_a_notebook(here):
         ranks = children(manager.provisioner.pid)
         manager.interrupt_kernel()
         said = ""
-        while "made" not in said:
+        while "made run/pipeline" not in said:
             message = client.get_iopub_msg(timeout=60)
             assert message["msg_type"] != "error", message["content"]
             said += message["content"].get("text", "")
